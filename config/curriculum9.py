@@ -1,0 +1,35 @@
+"""The run that this project is for: GPT-2 size on Wikipedia through nine stages, 17 hours on one RTX 4090 by plan.
+
+python train.py config/curriculum9.py --data_dir=data/wiki --out_dir=out/curriculum9
+"""
+
+out_dir = "out/curriculum9"
+
+# from step, seq_len, batch_size, lr_scale
+stages = (
+    (0, 64, 256, 11.3),  # token relationships and common words
+    (2_000, 128, 128, 7.0),  # phrases
+    (4_000, 256, 64, 3.5),  # sentences and punctuation
+    (8_000, 512, 32, 1.5),  # paragraph structure
+    (12_000, 768, 21, 1.0),  # multi-paragraph flow
+    (18_000, 1_024, 16, 0.7),  # relations between sections
+    (25_000, 1_536, 10, 0.5),  # article structure
+    (35_000, 2_048, 8, 0.4),  # coherence of a whole document
+    (50_000, 2_048, 8, 0.3),  # knowledge
+)
+max_steps = 100_000
+phases = (("foundation", 12_000), ("comprehension", 35_000), ("mastery", 100_000))
+
+# What the plan expects of validation perplexity at the stage's own length. Its two bounds, under 500 at 12,000 steps
+# and under 50 at 35,000, are not points: what is interpolated there lies below both. How the plan reads a number:
+# perplexity under 50 is good, under 30 great, under 20 excellent; accuracy over 10 % is good, over 20 % great.
+plan_ppl = (
+    (2_000, 5_000),
+    (5_000, 1_000),
+    (10_000, 300),
+    (15_000, 150),
+    (20_000, 80),
+    (30_000, 50),
+    (50_000, 35),
+    (100_000, 25),
+)

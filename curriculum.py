@@ -1,0 +1,320 @@
+"""The curriculum: the stage table, what it implies, and the windows that each step trains on.
+
+    config.stages -> Curriculum (checked rows)       stage, learning rate and tokens at a step
+    data_dir      -> open_dataset                    the shards of each split, memory-mapped
+    (seed, step)  -> random_windows                  what a step trains on
+                     fixed_windows                   what an evaluation scores
+
+`python curriculum.py config/curriculum9.py [--data_dir=...]` prints the plan of a run before anyone pays for it.
+Everything here is a pure function of its arguments: nothing is remembered between steps, so a run resumed at step s
+draws what it would have drawn, and any number of processes share the same batch.
+"""
+
+import bisect
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import Config, UserError, load_config, user_errors
+from model import GPTConfig
+
+# The corpus that the table was planned for; the plan is printed for it where there is no dataset.
+PLANNED_CORPUS = {"train articles": 225_870, "train tokens": 874_000_000}
+
+# Dense bf16 tensor-core peaks with float32 accumulation, FLOP/s, from the makers' datasheets (NVIDIA Ada and Ampere
+# GA102 architecture whitepapers, A100 and H100/H200 SXM datasheets).
+PEAK_FLOPS = {"RTX 3090": 71e12, "RTX 4090": 165.2e12, "A100": 312e12, "H100": 989.4e12, "H200": 989.4e12}
+
+
+class Stage(NamedTuple):
+    """One row of the table, with where it ends."""
+
+    start: int  # first step
+    end: int  # one past its last step
+    seq_len: int  # tokens of a window
+    batch_size: int  # windows of an optimizer step, over all processes
+    lr_scale: float
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def examples(self) -> int:
+        return (self.end - self.start) * self.batch_size
+
+    @property
+    def tokens(self) -> int:
+        return (self.end - self.start) * self.tokens_per_step
+
+
+class Curriculum:
+    """The rows that a run of max_steps reaches.
+
+    rows: (from step, seq_len, batch_size, lr_scale), as in a configuration. Raises UserError for a table that makes
+    no sense: no row, a row that is no such four numbers, a first row that is not at step 0, steps that do not
+    ascend, a length, batch or factor that is not positive.
+    """
+
+    def __init__(self, rows: tuple, max_steps: int):
+        if not rows:
+            raise UserError("stages is empty: the configuration gives no curriculum")
+        if max_steps < 1:
+            raise UserError(f"max_steps={max_steps}: there must be at least one step")
+        for number, row in enumerate(rows, 1):
+            if not (isinstance(row, tuple) and len(row) == 4 and [type(x) for x in row[:3]] == [int] * 3
+                    and type(row[3]) in (int, float)):  # fmt: skip
+                raise UserError(f"stages, row {number}: {row!r} is not (step, seq_len, batch_size, lr_scale)")
+            if not (row[1] > 0 and row[2] > 0 and 0 < row[3] < math.inf):
+                raise UserError(f"stages, row {number}: {row!r}: length, batch and factor must be positive")
+        starts = [row[0] for row in rows]
+        if starts[0] != 0:
+            raise UserError(f"stages, row 1: {rows[0]!r} must start at step 0")
+        for number, (before, start) in enumerate(itertools.pairwise(starts), 2):
+            if start <= before:
+                raise UserError(f"stages, row {number}: {rows[number - 1]!r} must start after step {before:,}")
+        self.rows = rows
+        self.max_steps = max_steps
+        ends = [*starts[1:], math.inf]
+        stages = [Stage(row[0], min(end, max_steps), *row[1:]) for row, end in zip(rows, ends)]
+        self.stages = [stage for stage in stages if stage.start < max_steps]
+
+    @property
+    def last_len(self) -> int:
+        """The length of the table's last row, reached or not: what the cross-stage curve is scored at."""
+        return self.rows[-1][1]
+
+    @property
+    def max_len(self) -> int:
+        return max(row[1] for row in self.rows)
+
+    def index(self, step: int) -> int:
+        """Number, from 0, of the stage that trains step `step` (0 is the first)."""
+        return bisect.bisect_right([stage.start for stage in self.stages], step) - 1
+
+    def at(self, step: int) -> Stage:
+        return self.stages[self.index(step)]
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens trained on when `step` steps are done."""
+        return sum(max(0, min(step, s.end) - s.start) * s.tokens_per_step for s in self.stages)
+
+    def ends_stage(self, step: int) -> bool:
+        """Whether a stage is over when `step` steps are done."""
+        return any(step == stage.end for stage in self.stages)
+
+
+def learning_rate(config: Config, stage: Stage, step: int) -> float:
+    """Linear warmup over config.warmup_steps, then config.learning_rate times the stage's factor."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    return config.learning_rate * stage.lr_scale * warmup
+
+
+def expected_ppl(plan_ppl: tuple, step: int) -> float | None:
+    """What the plan expects of validation perplexity after `step` steps.
+
+    Linear in log(step) and log(perplexity) between the plan's points; None before the first and without any.
+    """
+    if not plan_ppl or step < plan_ppl[0][0]:
+        return None
+    steps, ppls = np.log(np.array(plan_ppl, dtype=float)).T
+    return float(np.exp(np.interp(math.log(step), steps, ppls)))
+
+
+def scale_table(rows: tuple, steps: float, tokens: float) -> tuple:
+    """The same curriculum, smaller: the steps of each row times `steps`, the windows of its batches times `tokens`.
+
+    Lengths and factors stay. A batch keeps at least two windows: a batch of one compiles anew (see train.py).
+    """
+    return tuple((round(step * steps), length, max(2, round(batch * tokens)), lr) for step, length, batch, lr in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows over the shards
+
+
+class Split:
+    """The shards of one split, memory-mapped uint16 arrays, as windows of seq_len + 1 tokens."""
+
+    def __init__(self, shards: list[np.ndarray]):
+        self.shards = shards
+
+    def starts(self, seq_len: int) -> np.ndarray:
+        """Per shard, the number of starts whose window stays inside it."""
+        return np.array([max(0, len(shard) - seq_len) for shard in self.shards])
+
+    def tiles(self, seq_len: int) -> np.ndarray:
+        """Per shard, the number of windows that tile it with stride seq_len, so that each target is scored once."""
+        return np.array([(len(shard) - 1) // seq_len for shard in self.shards])
+
+    def random_windows(self, seq_len: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+        """The batch (batch_size, seq_len + 1) of a step: uniform over all starts in all shards."""
+        starts = self.starts(seq_len)
+        numbers = np.random.default_rng((seed, step)).integers(starts.sum(), size=batch_size)
+        return self._read(starts, numbers, 1, seq_len)
+
+    def count(self, seq_len: int, tokens: int) -> int:
+        """How many windows of the tiling an evaluation of so many tokens (0 for all) scores: at least one."""
+        tiles = int(self.tiles(seq_len).sum())
+        return max(1, min(tiles, tokens // seq_len)) if tokens else tiles
+
+    def spread(self, seq_len: int, n: int) -> np.ndarray:
+        """Numbers of n windows, evenly spread over the W that tile the shards: floor(j * W / n)."""
+        return np.arange(n) * self.tiles(seq_len).sum() // n
+
+    def fixed_windows(self, seq_len: int, numbers: np.ndarray) -> np.ndarray:
+        """The windows (len(numbers), seq_len + 1) of these numbers of the tiling."""
+        return self._read(self.tiles(seq_len), numbers, seq_len, seq_len)
+
+    def _read(self, per_shard: np.ndarray, numbers: np.ndarray, stride: int, seq_len: int) -> np.ndarray:
+        """The windows of these numbers, counted through all shards, when shard i holds per_shard[i] of them."""
+        ends = np.cumsum(per_shard)
+        which = np.searchsorted(ends, numbers, side="right")
+        starts = (numbers - (ends - per_shard)[which]) * stride
+        windows = np.empty((len(numbers), seq_len + 1), dtype=np.int64)
+        for row, shard, start in zip(windows, which, starts):
+            row[:] = self.shards[shard][start : start + seq_len + 1]
+        return windows
+
+
+class Dataset(NamedTuple):
+    meta: dict  # meta.json: what prepare_wiki.py wrote of itself
+    train: Split
+    val: Split
+    token_bytes: np.ndarray  # UTF-8 bytes of each token id, for bits per byte
+
+
+def open_dataset(data_dir: str, curriculum: Curriculum) -> Dataset:
+    """The dataset in data_dir, for the lengths of this curriculum.
+
+    Raises UserError if there is none, if it is half-made or damaged (by the shards' sizes), or if a split has no
+    window of some length.
+    """
+    path = Path(data_dir)
+    if not (path / "meta.json").is_file():
+        raise UserError(f"{data_dir} is not a dataset (no meta.json in it): make one with prepare_wiki.py")
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        shards = {"train": [], "val": []}
+        for shard in meta["shards"]:
+            shards[shard["split"]].append((path / shard["file"], shard["tokens"]))
+        token_bytes = np.load(path / "token_bytes.npy")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{data_dir} is damaged: {error!r}; make it again with prepare_wiki.py") from error
+    for file, tokens in shards["train"] + shards["val"]:
+        size = file.stat().st_size if file.is_file() else 0
+        if size != 2 * tokens:
+            raise UserError(f"{file} has {size:,} bytes, not the {2 * tokens:,} that meta.json says; make it again")
+    splits = [Split([np.memmap(file, np.uint16, "r") for file, _ in shards[name]]) for name in ("train", "val")]
+    for name, split in zip(("train", "val"), splits):
+        if split.tiles(curriculum.max_len).sum() == 0:
+            raise UserError(f"{data_dir}: no {name} shard holds a window of {curriculum.max_len + 1:,} tokens")
+    return Dataset(meta, *splits, token_bytes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned to the right; a header may have several lines."""
+    lines = [list(line) for line in zip(*(column.split("\n") for column in header))] + rows
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+
+
+def short(count: float) -> str:
+    """32.8M for 32,768,000."""
+    return f"{count / 1e6:,.1f}M" if count >= 1e6 else f"{count / 1e3:,.1f}k"
+
+
+def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: str) -> None:
+    """The run per stage, per phase and in all, over a corpus of so many training articles and tokens.
+
+    speed: "130000" (tokens/s), or "RTX 4090 at 0.15" (a GPU of PEAK_FLOPS and the share of its peak that is used).
+    """
+    curriculum = Curriculum(config.stages, config.max_steps)
+    model = GPTConfig(config.n_layer, config.n_head, config.n_embd)
+    hours_of = parse_speed(speed)
+
+    def so_far(step: int) -> tuple[int, int, float, float]:
+        """Examples, tokens, FLOPs and hours of the first `step` steps."""
+        done = [(s, max(0, min(step, s.end) - s.start)) for s in curriculum.stages]
+        flops = [n * s.tokens_per_step * model.flops_per_token(s.seq_len) for s, n in done]
+        hours = [hours_of(n * s.tokens_per_step, f) for (s, n), f in zip(done, flops)]
+        return sum(n * s.batch_size for s, n in done), curriculum.tokens_before(step), sum(flops), sum(hours)
+
+    def ppl(step: int) -> str:
+        expected = expected_ppl(config.plan_ppl, step)
+        return f"{expected:,.0f}" if expected else "-"
+
+    print(f"{curriculum.max_steps:,} steps of a GPT with {short(model.n_params)} parameters on {corpus}:")
+    print(f"{articles:,} training articles, {short(tokens)} tokens. Hours on {speed}.\n")
+    header = ["", "\nsteps", "\nlength", "\nbatch", "learning\nrate", "windows/\narticle", "steps/\nepoch"]
+    header += ["\nexamples", "\ntokens", "\nepochs", "\nFLOPs", "expected\nppl", "\nhours"]
+    header[0] = "\n"
+    rows = []
+    for number, stage in enumerate(curriculum.stages, 1):
+        examples, trained, flops, hours = np.subtract(so_far(stage.end), so_far(stage.start))
+        rows.append([f"{number}", f"{stage.start:,}-{stage.end:,}", f"{stage.seq_len:,}", f"{stage.batch_size}",
+                     f"{config.learning_rate * stage.lr_scale:.2g}", f"{tokens / articles / stage.seq_len:.1f}",
+                     f"{tokens / stage.tokens_per_step:,.0f}", f"{examples:,.0f}", f"{short(trained)}",
+                     f"{trained / tokens:.3f}", f"{flops:.1e}", ppl(stage.end), f"{hours:,.3g}"])  # fmt: skip
+    print(format_table(header, rows))
+    for row in curriculum.rows[len(curriculum.stages) :]:
+        print(f"Never reached with max_steps={curriculum.max_steps}: {row}")
+    if config.phases:
+        rows = []
+        for name, end in config.phases:
+            examples, trained, flops, hours = so_far(end)
+            rows.append([name, f"{end:,}", f"{hours:,.3g}", f"{examples:,}", f"{short(trained)}", ppl(end)])
+        print("\n" + format_table(["phase", "to step", "hours", "examples", "tokens", "expected ppl"], rows))
+    examples, trained, flops, hours = so_far(curriculum.max_steps)
+    last = curriculum.last_len
+    print(f"\nIn all {examples:,} examples, {short(trained)} tokens ({trained / tokens:.2f} epochs), "
+          f"{flops:.2e} FLOPs, {hours:,.3g} hours.")  # fmt: skip
+    print(f"The same tokens in windows of {last:,} throughout: {trained / last:,.0f} examples, "
+          f"{trained * model.flops_per_token(last):.2e} FLOPs, "
+          f"{hours_of(trained, trained * model.flops_per_token(last)):.1f} hours; "
+          f"the curriculum sees {examples * last / trained:.2f}x as many examples.")  # fmt: skip
+
+
+def parse_speed(speed: str) -> Callable[[float, float], float]:
+    """"130000" or "RTX 4090 at 0.15" as a function of tokens and FLOPs that gives hours."""
+    gpu, at, share = speed.partition(" at ")
+    try:
+        if not at:
+            tokens_per_s = float(speed)
+            if tokens_per_s > 0:
+                return lambda tokens, flops: tokens / tokens_per_s / 3600
+        elif 0 < float(share) <= 1 and gpu in PEAK_FLOPS:
+            return lambda tokens, flops: flops / (PEAK_FLOPS[gpu] * float(share)) / 3600
+    except ValueError:
+        pass
+    raise UserError(f"--speed={speed} is neither tokens/s nor GPU at SHARE, GPU being one of {', '.join(PEAK_FLOPS)}")
+
+
+def main() -> None:
+    speed = "RTX 4090 at 0.15"  # the plan's
+    speeds = [argument.removeprefix("--speed=") for argument in sys.argv if argument.startswith("--speed=")]
+    argv = [argument for argument in sys.argv[1:] if not argument.startswith("--speed=")]
+    config = load_config(argv)
+    if any(argument.startswith("--data_dir=") for argument in argv):
+        dataset = open_dataset(config.data_dir, Curriculum(config.stages, config.max_steps))
+        corpus, counts = config.data_dir, dataset.meta["splits"]["train"]
+        articles, tokens = counts["articles"], counts["tokens"]
+    else:
+        corpus = "the plan's corpus"
+        articles, tokens = PLANNED_CORPUS["train articles"], PLANNED_CORPUS["train tokens"]
+    print_plan(config, corpus, articles, tokens, speeds[-1] if speeds else speed)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
