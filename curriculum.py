@@ -135,7 +135,14 @@ def scale_table(rows: tuple, steps: float, tokens: float) -> tuple:
     return tuple((round(step * steps), length, max(2, round(batch * tokens)), lr) for step, length, batch, lr in rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def at_length(rows: tuple, max_steps: int, seq_len: int, batch_size: int) -> tuple[tuple, int]:
+    """The same tokens and learning rates in batches of one size: rows that start where the tokens do, and max_steps."""
+    curriculum = Curriculum(rows, max_steps)
+    ends = [round(curriculum.tokens_before(stage.end) / (seq_len * batch_size)) for stage in curriculum.stages]
+    return tuple((step, seq_len, batch_size, row[3]) for step, row in zip([0, *ends], rows)), ends[-1]
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Windows over the shards
 
 
@@ -218,7 +225,7 @@ def open_dataset(data_dir: str, curriculum: Curriculum) -> Dataset:
     return Dataset(meta, *splits, token_bytes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # The plan
 
 
@@ -279,10 +286,10 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: s
     last = curriculum.last_len
     print(f"\nIn all {examples:,} examples, {short(trained)} tokens ({trained / tokens:.2f} epochs), "
           f"{flops:.2e} FLOPs, {hours:,.3g} hours.")  # fmt: skip
-    print(f"The same tokens in windows of {last:,} throughout: {trained / last:,.0f} examples, "
-          f"{trained * model.flops_per_token(last):.2e} FLOPs, "
-          f"{hours_of(trained, trained * model.flops_per_token(last)):.1f} hours; "
-          f"the curriculum sees {examples * last / trained:.2f}x as many examples.")  # fmt: skip
+    same_flops = trained * model.flops_per_token(last)
+    print(f"The same tokens in windows of {last:,} throughout: {trained / last:,.0f} examples, {same_flops:.2e} FLOPs, "
+          f"{hours_of(trained, same_flops):,.3g} hours.")  # fmt: skip
+    print(f"The curriculum sees {examples * last / trained:.2f}x as many examples.")
 
 
 def parse_speed(speed: str) -> Callable[[float, float], float]:

@@ -133,6 +133,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, max_seq_len: int):
         super().__init__()
         self.config = config
+        self.max_seq_len = max_seq_len
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)

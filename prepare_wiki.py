@@ -15,7 +15,6 @@ In a shard an article is <|endoftext|>, then the tokens of its title, a blank li
 written does not depend on the number of workers, and an article's split on nothing but its title.
 """
 
-import argparse
 import hashlib
 import html
 import importlib.util
@@ -40,7 +39,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from config import UserError, user_errors
+from config import CommandLine, UserError, user_errors
 
 VOCAB_SIZE = 50257
 ENDOFTEXT = 50256
@@ -368,11 +367,6 @@ def sample_files() -> list[Path]:
             write_atomically(path, content)
         paths.append(path)
     return paths
-
-
-class CommandLine(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(message)
 
 
 def main() -> None:

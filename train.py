@@ -235,23 +235,26 @@ def check_same_run(config: Config, state: dict) -> None:
 class Log:
     """log.jsonl, one JSON object a line, written out as it comes.
 
-    Opened at a step, it forgets what a killed run logged later: training after that step, and evaluations from it
-    on, for a checkpoint is taken before its step's evaluation.
+    Opened at a step, it forgets what a killed run logged after it. The evaluation at that very step, which comes after
+    the checkpoint, is kept if keep_eval: if it was made under the same configuration.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int, keep_eval: bool):
         self.records = []
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 record = json.loads(line)
             except ValueError:
                 break  # cut off in the middle by a kill
-            if record["step"] < step or (record["step"] == step and record["event"] == "train"):
+            if record["step"] < step or (record["step"] == step and (record["event"] == "train" or keep_eval)):
                 self.records.append(record)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         temporary.replace(path)
         self.file = open(path, "a", buffering=1)
+
+    def evaluations(self) -> list[dict]:
+        return [record for record in self.records if record["event"] == "eval"]
 
     def write(self, record: dict) -> None:
         self.records.append(record)
@@ -262,24 +265,25 @@ class Log:
 # The machine
 
 
-def pick_machine(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device, and the type of its matrix products. Raises UserError for one that cannot be had."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(name: str) -> torch.device:
+    """'cpu', 'cuda', 'cuda:1', ...; 'auto' is a GPU if there is one. Raises UserError for what cannot be had."""
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        device = torch.device(name)
+        device = torch.device(chosen)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={config.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if config.dtype == "auto":
-        # A CPU without bf16 products emulates them, slower than float32.
+        raise UserError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products. 'auto' is bfloat16 where it is fast: a CPU without it would emulate it."""
+    if name == "auto":
         has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        return device, torch.bfloat16 if has_bf16 else torch.float32
-    if config.dtype not in dtypes:
-        raise UserError(f"dtype={config.dtype!r} is none of 'auto', {', '.join(map(repr, dtypes))}")
-    return device, dtypes[config.dtype]
+        name = "bfloat16" if has_bf16 else "float32"
+    if name not in ("bfloat16", "float32"):
+        raise UserError(f"dtype={name!r} is none of 'auto', 'bfloat16', 'float32'")
+    return getattr(torch, name)
 
 
 def compiled(function: Callable, device: torch.device, dtype: torch.dtype, config: Config) -> Callable:
@@ -322,7 +326,8 @@ def check_config(config: Config) -> Curriculum:
 def train(config: Config) -> int:
     """The run that config describes. Returns 0, or the number of the signal that stopped it."""
     curriculum = check_config(config)
-    device, dtype = pick_machine(config)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
     out_dir = Path(config.out_dir)
     used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if (out_dir / name).exists()]
     if used and not config.resume:
@@ -354,12 +359,13 @@ def train(config: Config) -> int:
         step, time_s, best = state["step"], state["time_s"], Best(*state["best"])
         print(f"going on from step {step:,} of {out_dir}")
     saved_step = step if state else None
+    keep_eval = state is not None and state["config"] | {"resume": True} == dataclasses.asdict(config)
     state = None  # its tensors were copied
     loss_of, score_of = (compiled(function, device, dtype, config) for function in (model.loss, model.score))
     token_bytes = torch.from_numpy(dataset.token_bytes.astype(np.int64)).to(device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
-    log = Log(out_dir / "log.jsonl", step)
+    log = Log(out_dir / "log.jsonl", step, keep_eval)
 
     stop = []  # the signals that came; a second one of its kind kills
 
@@ -405,15 +411,17 @@ def train(config: Config) -> int:
         if stop:
             break
         if eval_due:
-            try:
-                record = evaluate()
-            except Stopped:
-                continue
+            record = next((record for record in log.evaluations() if record["step"] == step), None)
+            if not record:
+                try:
+                    record = evaluate()
+                except Stopped:
+                    continue
+                if record["is_best"]:
+                    save("best.pt")
+                log.write(record)
+                bar.write(summary(record, config))
             best = best.after(record["seq_len"], record["val_loss"])
-            log.write(record)
-            bar.write(summary(record, config))
-            if record["is_best"]:
-                save("best.pt")
             if best.bad_evals > config.patience:
                 bar.write(f"stopped early: {best.bad_evals} evaluations without a new best at length {best.seq_len:,}")
                 break
@@ -444,7 +452,7 @@ def train(config: Config) -> int:
     if stop:
         print(f"stopped by {signal.Signals(stop[0]).name} after step {step:,}; --resume=True goes on")
     else:
-        print(eval_table([record for record in log.records if record["event"] == "eval"]))
+        print(eval_table(log.evaluations()))
     return stop[0] if stop else 0
 
 

@@ -4,6 +4,7 @@ A config file is plain Python that assigns some of these keys; a later argument 
 imports, and names that start with an underscore, are its own.
 """
 
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -26,6 +27,13 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse whose errors are one line, like all others."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Config:
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
-def load_config(argv: list[str], base: dict | None = None) -> Config:
+def load_config(argv: list[str]) -> Config:
     """`CONFIG.py --key=value ...` as a Config.
 
     Raises UserError for an unknown key (with the nearest known one), a value of the wrong type, or a config file

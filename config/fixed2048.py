@@ -1,0 +1,10 @@
+"""The same tokens, model and learning rates as curriculum9.py, in windows of 2,048 throughout.
+
+python train.py config/fixed2048.py --data_dir=data/wiki
+"""
+
+from config import curriculum9
+from curriculum import at_length
+
+out_dir = "out/fixed2048"
+stages, max_steps = at_length(curriculum9.stages, curriculum9.max_steps, seq_len=2_048, batch_size=8)
