@@ -71,7 +71,7 @@ class Curriculum:
             if not (isinstance(row, tuple) and len(row) == 4 and [type(x) for x in row[:3]] == [int] * 3
                     and type(row[3]) in (int, float)):  # fmt: skip
                 raise UserError(f"stages, row {number}: {row!r} is not (step, seq_len, batch_size, lr_scale)")
-            if not (row[1] > 0 and row[2] > 0 and 0 < row[3] < math.inf):
+            if not (row[1] > 0 and row[2] > 0 and 0 < row[3] < 1e300):
                 raise UserError(f"stages, row {number}: {row!r}: length, batch and factor must be positive")
         starts = [row[0] for row in rows]
         if starts[0] != 0:
@@ -130,9 +130,9 @@ def expected_ppl(plan_ppl: tuple, step: int) -> float | None:
 def scale_table(rows: tuple, steps: float, tokens: float) -> tuple:
     """The same curriculum, smaller: the steps of each row times `steps`, the windows of its batches times `tokens`.
 
-    Lengths and factors stay. A batch keeps at least two windows: a batch of one compiles anew (see train.py).
+    Lengths and factors stay; a batch keeps at least one window.
     """
-    return tuple((round(step * steps), length, max(2, round(batch * tokens)), lr) for step, length, batch, lr in rows)
+    return tuple((round(step * steps), length, max(1, round(batch * tokens)), lr) for step, length, batch, lr in rows)
 
 
 def at_length(rows: tuple, max_steps: int, seq_len: int, batch_size: int) -> tuple[tuple, int]:
@@ -210,15 +210,17 @@ def open_dataset(data_dir: str, curriculum: Curriculum) -> Dataset:
         meta = json.loads((path / "meta.json").read_text())
         shards = {"train": [], "val": []}
         for shard in meta["shards"]:
-            shards[shard["split"]].append((path / shard["file"], shard["tokens"]))
+            file, told = path / shard["file"], 2 * shard["tokens"]
+            if file.stat().st_size != told:
+                raise ValueError(f"{file.name} has {file.stat().st_size} bytes, not the {told} that meta.json says")
+            shards[shard["split"]].append(np.memmap(file, np.uint16, "r"))
         token_bytes = np.load(path / "token_bytes.npy")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{data_dir} is damaged: {error!r}; make it again with prepare_wiki.py") from error
-    for file, tokens in shards["train"] + shards["val"]:
-        size = file.stat().st_size if file.is_file() else 0
-        if size != 2 * tokens:
-            raise UserError(f"{file} has {size:,} bytes, not the {2 * tokens:,} that meta.json says; make it again")
-    splits = [Split([np.memmap(file, np.uint16, "r") for file, _ in shards[name]]) for name in ("train", "val")]
+        if token_bytes.shape != (meta["tokenizer"]["vocab_size"],):
+            raise ValueError(f"token_bytes.npy has shape {token_bytes.shape}")
+    except Exception as error:  # json, numpy and zipfile each have their own
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{data_dir} is damaged: {what}; make it again with prepare_wiki.py") from error
+    splits = [Split(shards[name]) for name in ("train", "val")]
     for name, split in zip(("train", "val"), splits):
         if split.tiles(curriculum.max_len).sum() == 0:
             raise UserError(f"{data_dir}: no {name} shard holds a window of {curriculum.max_len + 1:,} tokens")
@@ -279,6 +281,9 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: s
     if config.phases:
         rows = []
         for name, end in config.phases:
+            if end > curriculum.max_steps:
+                print(f"Never finished with max_steps={curriculum.max_steps}: {name}, to step {end:,}")
+                continue
             examples, trained, flops, hours = so_far(end)
             rows.append([name, f"{end:,}", f"{hours:,.3g}", f"{examples:,}", f"{short(trained)}", ppl(end)])
         print("\n" + format_table(["phase", "to step", "hours", "examples", "tokens", "expected ppl"], rows))

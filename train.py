@@ -45,7 +45,8 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     use_muon = config.optimizer == "muon"
     decayed = [model.embed.weight] if use_muon else [model.embed.weight, *matrices]
     groups = [{"params": decayed}, {"params": norms, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)]
+    # 0.99, not 0.95: with so few tokens a step the second moment needs a longer memory (Marek et al. 2025).
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
     if use_muon:
         optimizers += [torch.optim.Muon(matrices, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")]
     return optimizers
@@ -286,46 +287,37 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def compiled(function: Callable, device: torch.device, dtype: torch.dtype, config: Config) -> Callable:
-    """function of a batch of windows, under autocast and compiled once for all lengths and batch sizes.
+def set_up(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[GPT, list, Callable, Callable]:
+    """The model with its first weights, its optimizers, and model.loss and model.score under autocast and compiled.
 
-    One graph serves the whole table: its sizes are symbols, and sizes that happen to be equal do not become one symbol
-    (with duck shaping, 128 windows of 128 would compile anew). Parts of a single window, or with more than 4,096
-    tokens where the first had fewer, cost one compilation more.
+    One graph of each serves the whole table: its sizes are symbols, and sizes that happen to be equal do not become one
+    symbol (with duck shaping, 128 windows of 128 would compile anew). A part of a single window compiles anew, once,
+    and so does one of more than 4,096 tokens where the first had fewer, and the other way round.
     """
-    if config.compile:
-        torch.fx.experimental._config.use_duck_shape = False
-        function = torch.compile(function, dynamic=True)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)(function)
+    # Same inputs, same bits: without this the compiled gradient of the embedding differs from run to run. It costs
+    # nothing measurable on a CPU as long as fresh memory is not filled with NaN first.
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU
+    torch.fx.experimental._config.use_duck_shape = False
+
+    model = GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), max(row[1] for row in config.stages))
+    model.init_weights(config.seed)
+    model.to(device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    functions = [torch.compile(f, dynamic=True) if config.compile else f for f in (model.loss, model.score)]
+    return model, make_optimizers(model, config), *map(autocast, functions)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def check_config(config: Config) -> Curriculum:
-    """The curriculum of a configuration. Raises UserError for what makes no sense, before anything is loaded."""
-    curriculum = Curriculum(config.stages, config.max_steps)
-    for key in ("eval_interval", "checkpoint_interval", "log_interval", "n_layer", "n_head", "n_embd"):
-        if getattr(config, key) < 1:
-            raise UserError(f"{key}={getattr(config, key)}: it must be at least 1")
-    for key in ("seed", "warmup_steps", "weight_decay", "grad_clip", "eval_tokens", "patience"):
-        if not 0 <= getattr(config, key) < math.inf:
-            raise UserError(f"{key}={getattr(config, key)}: it must not be negative")
-    if not 0 < config.learning_rate < math.inf:
-        raise UserError(f"learning_rate={config.learning_rate}: it must be positive")
-    if config.n_embd % (2 * config.n_head):
-        raise UserError(f"n_embd={config.n_embd} is no even multiple of n_head={config.n_head}")
-    if config.optimizer not in ("adamw", "muon"):
-        raise UserError(f"optimizer={config.optimizer!r} is neither 'adamw' nor 'muon'")
-    if config.micro_batch_tokens < curriculum.max_len:
-        raise UserError(f"micro_batch_tokens={config.micro_batch_tokens} is less than a window of {curriculum.max_len}")
-    return curriculum
-
-
 def train(config: Config) -> int:
     """The run that config describes. Returns 0, or the number of the signal that stopped it."""
-    curriculum = check_config(config)
+    curriculum = Curriculum(config.stages, config.max_steps)
+    if config.micro_batch_tokens < curriculum.max_len:
+        raise UserError(f"micro_batch_tokens={config.micro_batch_tokens} is less than a window of {curriculum.max_len}")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     out_dir = Path(config.out_dir)
@@ -341,16 +333,7 @@ def train(config: Config) -> int:
     except OSError as error:
         raise UserError(f"cannot make out_dir {out_dir}: {error.strerror}") from error
 
-    # Same inputs, same bits: without this the compiled gradient of the embedding differs from run to run. It costs
-    # nothing measurable on a CPU as long as fresh memory is not filled with NaN first.
-    torch.use_deterministic_algorithms(device.type == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU
-
-    model = GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), curriculum.max_len)
-    model.init_weights(config.seed)
-    model.to(device)
-    optimizers = make_optimizers(model, config)
+    model, optimizers, loss_of, score_of = set_up(config, device, dtype)
     step, time_s, best = 0, 0.0, Best()
     if state:
         model.load_state_dict(state["model"])
@@ -361,7 +344,6 @@ def train(config: Config) -> int:
     saved_step = step if state else None
     keep_eval = state is not None and state["config"] | {"resume": True} == dataclasses.asdict(config)
     state = None  # its tensors were copied
-    loss_of, score_of = (compiled(function, device, dtype, config) for function in (model.loss, model.score))
     token_bytes = torch.from_numpy(dataset.token_bytes.astype(np.int64)).to(device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)

@@ -8,8 +8,8 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import math
 import sys
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,32 +94,32 @@ def load_config(argv: list[str]) -> Config:
             raise UserError(f"cannot read argument {argument!r}: it should be --key=value")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = text  # a bare string
         values[key] = check_value(key, value, argument)
-    return Config(**values)
+    config = Config(**values)
+    check_ranges(config)
+    return config
 
 
 def read_config_file(path: str) -> dict:
     """The keys that a config file assigns, checked."""
     try:
         with open(path, encoding="utf-8") as file:
-            tree = ast.parse(file.read(), path)
-        names = {"__file__": path, "__name__": "config_file"}
+            source = file.read()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read config file {path}: {getattr(error, 'strerror', None) or error}") from error
+    names = {"__file__": path, "__name__": "config_file"}
+    try:
+        tree = ast.parse(source, path)
         exec(compile(tree, path, "exec"), names)
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"cannot read config file {path}: {error.strerror}") from error
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         raise UserError(f"config file {path}: {type(error).__name__}: {error}") from error
-    imports = (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
-    imported = {alias.asname or alias.name.split(".")[0] for node in imports for alias in node.names}
-    return {
-        key: check_value(key, value, f"{key} in {path}")
-        for key, value in names.items()
-        if not (key.startswith("_") or key in imported or isinstance(value, types.FunctionType | types.ModuleType))
-    }
+    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    keys = [key for key in names if key in assigned and not key.startswith("_") and not callable(names[key])]
+    return {key: check_value(key, names[key], f"{key} in {path}") for key in keys}
 
 
 def check_value(key: str, value: object, where: str) -> object:
@@ -128,10 +128,33 @@ def check_value(key: str, value: object, where: str) -> object:
         near = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown key {key!r}; the nearest known one is {near!r}")
     kind = FIELDS[key].type
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1e300:
         return float(value)
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(tuple(row) if isinstance(row, list | tuple) else row for row in value)
     if type(value) is not kind:
         raise UserError(f"{where}: {value!r} is not of type {kind.__name__}")
     return value
+
+
+def check_ranges(config: Config) -> None:
+    """Raises UserError for a value that makes no sense, whatever the others are and whatever machine this is."""
+    for key in ("eval_interval", "checkpoint_interval", "log_interval", "n_layer", "n_head", "n_embd"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key}={getattr(config, key)}: it must be at least 1")
+    for key in ("seed", "warmup_steps", "weight_decay", "grad_clip", "eval_tokens", "patience"):
+        if not 0 <= getattr(config, key) < math.inf:
+            raise UserError(f"{key}={getattr(config, key)}: it must not be negative")
+    if not 0 < config.learning_rate < math.inf:
+        raise UserError(f"learning_rate={config.learning_rate}: it must be positive")
+    if config.n_embd % (2 * config.n_head):
+        raise UserError(f"n_embd={config.n_embd} is no even multiple of n_head={config.n_head}")
+    if config.optimizer not in ("adamw", "muon"):
+        raise UserError(f"optimizer={config.optimizer!r} is neither 'adamw' nor 'muon'")
+    for key, kinds in (("plan_ppl", (int, (int, float))), ("phases", (str, int))):
+        for row in getattr(config, key):
+            if not (isinstance(row, tuple) and len(row) == 2 and all(map(isinstance, row, kinds))):
+                raise UserError(f"{key}: {row!r} is not a pair of a {kinds[0].__name__} and a number")
+    steps = [row[0] for row in config.plan_ppl]
+    if steps != sorted(set(steps)) or any(step < 1 or ppl <= 0 for step, ppl in config.plan_ppl):
+        raise UserError("plan_ppl: its steps must ascend from 1 or later, and its perplexities be positive")

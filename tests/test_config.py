@@ -26,8 +26,6 @@ def refusal(*argv: str) -> str:
     return str(error.value)
 
 
-BUG = pytest.mark.xfail(strict=True, reason="a bug in config/__init__.py or curriculum.py, not yet mended")
-
 # --------------------------------------------------------------------------------------------------------------------
 # What wins
 
@@ -56,7 +54,6 @@ def test_nothing_is_remembered_from_one_load_to_the_next(write):
     "argument, value",
     [
         ("--seed=42", 42),
-        ("--seed=-1", -1),
         ("--seed=0x10", 16),
         ("--max_steps=100_000", 100_000),
         ("--learning_rate=3e-4", 0.0003),
@@ -141,7 +138,6 @@ def test_an_argument_of_another_form_is_refused_as_it_was_typed(write, argument)
     assert repr(argument) in said and "--key=value" in said
 
 
-@BUG  # ast.literal_eval also raises TypeError, MemoryError and RecursionError; float() OverflowError
 @pytest.mark.parametrize("argument", ["--out_dir={{}}", "--learning_rate=1" + 400 * "0"])
 def test_an_unusual_argument_is_refused_or_read_but_raises_nothing_else(write, argument):
     try:
@@ -187,7 +183,6 @@ def test_a_file_can_build_on_another(write):
     assert (config.out_dir, config.plan_ppl) == (Config().out_dir, ())  # what is not asked for does not come along
 
 
-@BUG  # the assignment is dropped without a word: stages is ()
 def test_a_file_can_change_what_it_imports(write):
     path = write("from config.curriculum9 import stages\nstages = stages[:2]\n")
     assert load_config([path]).stages == curriculum9.stages[:2]
@@ -212,8 +207,8 @@ def test_the_files_that_come_with_it_load(name):
         ("stages = ((0, 64, 8, 1.0),\n", ("SyntaxError", "line 1")),
         ("assert False, 'not like this'\n", ("AssertionError", "not like this")),
         ("seed = 1\0\n", ("null byte",)),
-        pytest.param("open('no_such.txt')\n", ("no_such.txt",), marks=BUG),  # "cannot read config file mine.py"
-        pytest.param("raise OSError('a disk')\n", ("a disk",), marks=BUG),  # "cannot read config file mine.py: None"
+        pytest.param("open('no_such.txt')\n", ("no_such.txt",)),  # "cannot read config file mine.py"
+        pytest.param("raise OSError('a disk')\n", ("a disk",)),  # "cannot read config file mine.py: None"
     ],
 )
 def test_a_file_that_does_not_run_is_refused_with_its_error(write, text, said):
@@ -259,9 +254,9 @@ def test_no_other_error_is_taken_for_the_users():
         (["curriculum.py", "config/curriculum9.py", "--stages=()"], "stages is empty"),
         (["curriculum.py", "config/curriculum9.py", "--data_dir=no/such"], "no/such is not a dataset"),
         (["curriculum.py", "config/curriculum9.py", "--speed=RTX 4090 at 15"], "RTX 4090"),
-        pytest.param(["curriculum.py", "config/curriculum9.py", "--plan_ppl=(2000, 5000)"], "plan_ppl", marks=BUG),
-        pytest.param(["curriculum.py", "config/curriculum9.py", "--phases=('a', 10)"], "phases", marks=BUG),
-        pytest.param(["curriculum.py", "config/curriculum9.py", "--n_head=0"], "n_head", marks=BUG),
+        pytest.param(["curriculum.py", "config/curriculum9.py", "--plan_ppl=(2000, 5000)"], "plan_ppl"),
+        pytest.param(["curriculum.py", "config/curriculum9.py", "--phases=('a', 10)"], "phases"),
+        pytest.param(["curriculum.py", "config/curriculum9.py", "--n_head=0"], "n_head"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

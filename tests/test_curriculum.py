@@ -22,7 +22,7 @@ from curriculum import Curriculum, Split, at_length, expected_ppl, learning_rate
 TOKENS_M = (32.8, 32.8, 65.5, 65.5, 96.8, 114.7, 153.6, 245.8, 819.2)
 EXAMPLES_K = (512, 256, 256, 128, 126, 112, 100, 120, 400)
 NINE = Curriculum(curriculum9.stages, curriculum9.max_steps)
-BUG = pytest.mark.xfail(strict=True, reason="a bug in curriculum.py, not yet mended")
+
 SMALL = ((0, 8, 5, 2.0), (3, 16, 2, 1.0), (4, 4, 7, 0.5), (10, 16, 3, 0.25))
 
 
@@ -110,7 +110,6 @@ def test_rows_that_are_never_reached_are_said(run_program):
     assert "In all 1,215,000 examples, 245.0M tokens" in done.stdout  # 1,152k and 3,000 batches of 21
 
 
-@BUG  # prints "comprehension 35,000" and "mastery 100,000" beside what 15,000 steps take
 def test_phases_are_not_said_to_go_on_after_the_run(run_program):
     done = run_program("curriculum.py", "config/curriculum9.py", "--max_steps=15000")
     rows = rows_of(done.stdout.replace(",", ""), "foundation|comprehension|mastery")
@@ -223,9 +222,9 @@ def test_scale_table_scales_steps_and_batches_and_nothing_else():
         assert (seq_len, lr_scale) == (row[1], row[3])
         assert (type(step), type(batch_size)) == (int, int)
         assert step == row[0] // 500
-        assert abs(batch_size - max(2, row[2] / 4)) <= 0.5
+        assert abs(batch_size - max(1, row[2] / 4)) <= 0.5
     assert scale_table(curriculum9.stages, 1, 1) == curriculum9.stages
-    assert {row[2] for row in scale_table(curriculum9.stages, 1, 1e-6)} == {2}
+    assert {row[2] for row in scale_table(curriculum9.stages, 1, 1e-6)} == {1}
     assert [row[0] for row in scale_table(SMALL, 100, 1)] == [0, 300, 400, 1_000]
     with pytest.raises(UserError, match="row 2"):  # scaled so far that two rows start at once
         Curriculum(scale_table(SMALL, 0.1, 1), 10)
@@ -470,14 +469,14 @@ def cut(name: str, size: int):
         (lambda folder: (folder / "meta.json").write_text("{}"), "is damaged: KeyError.*shards"),
         (lambda folder: (folder / "token_bytes.npy").unlink(), "is damaged: FileNotFoundError"),
         (cut("token_bytes.npy", 1_000), "is damaged"),
-        pytest.param(cut("token_bytes.npy", 0), "is damaged", marks=BUG),  # EOFError
-        pytest.param(lambda f: np.save(f / "token_bytes.npy", np.ones(9)), "token_bytes", marks=BUG),  # is taken
-        pytest.param(lambda f: (f / "token_bytes.npy").unlink(), "token_bytes", marks=BUG),  # file is not named
-        pytest.param(change_meta(tokens="100"), "is damaged", marks=BUG),  # ValueError in the message's format
+        pytest.param(cut("token_bytes.npy", 0), "is damaged"),  # EOFError
+        pytest.param(lambda f: np.save(f / "token_bytes.npy", np.ones(9)), "token_bytes"),  # is taken
+        pytest.param(lambda f: (f / "token_bytes.npy").unlink(), "token_bytes"),  # file is not named
+        pytest.param(change_meta(tokens="100"), "is damaged"),  # ValueError in the message's format
         (cut("train_00001.bin", 32), "train_00001.bin has 32 bytes, not the 34 that meta.json says"),
         (cut("val_00000.bin", 99), "val_00000.bin has 99 bytes, not the 100 "),
         (cut("val_00001.bin", 0), "val_00001.bin has 0 bytes, not the 60 "),
-        (lambda folder: (folder / "train_00002.bin").unlink(), "train_00002.bin has 0 bytes, not the 80 "),
+        (lambda folder: (folder / "train_00002.bin").unlink(), "train_00002.bin"),
         (lambda folder: (folder / "val_00001.bin").write_bytes(bytes(62)), "val_00001.bin has 62 bytes, not the 60 "),
         (change_meta(tokens=101), "train_00000.bin has 200 bytes, not the 202 "),
         (change_meta(split="test"), "is damaged"),

@@ -328,7 +328,7 @@ MISTAKES = {
     "dtype": (["--dtype=int8"], "int8"),
     "optimizer": (["--optimizer=sgd"], "sgd"),
     "out_dir is a file": (["--out_dir=Makefile/x"], "out_dir"),
-    "window longer than the shards": (["--stages=[(0,9999999,1,1.0)]", "--micro_batch_tokens=9999999"], "holds a window"),
+    "window longer than the shards": (["--stages=[(0,99999,1,1.0)]", "--micro_batch_tokens=99999"], "no train shard"),
 }
 
 

@@ -1,0 +1,63 @@
+"""One optimizer step of every stage of a configuration, through the compiled path that train.py takes.
+
+    python bench/steps.py config/curriculum9.py --data_dir=data/sample [--key=value ...]
+
+Prints a row per stage as it is done: seconds of the first step at that stage (which compiles, where it must) and of
+the second, tokens/s of the second, the loss, the peak memory of the process during the two, and how many graphs have
+been compiled so far. Windows are drawn from data_dir as in training.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from config import load_config, user_errors
+from curriculum import Curriculum, open_dataset
+from train import pick_device, pick_dtype, set_up, train_step
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+
+
+def peak_gib(device: torch.device) -> float:
+    """Largest memory since reset_peak: what torch allocated on a GPU, what the process held on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def main() -> None:
+    config = load_config(sys.argv[1:])
+    curriculum = Curriculum(config.stages, config.max_steps)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    dataset = open_dataset(config.data_dir, curriculum)
+    model, optimizers, loss_of, _ = set_up(config, device, dtype)
+    print(f"{model.config.n_params / 1e6:.1f}M parameters, {config.optimizer}, {dtype}, {device}, "
+          f"{torch.get_num_threads()} threads, parts of {config.micro_batch_tokens:,} tokens")  # fmt: skip
+    print("stage  length  batch  first s  second s  tokens/s    loss  peak GiB  graphs")
+    for number, stage in enumerate(curriculum.stages, 1):
+        reset_peak(device)
+        seconds = []
+        for step in (stage.start, stage.start + 1):
+            windows = dataset.train.random_windows(stage.seq_len, stage.batch_size, config.seed, step)
+            started = time.perf_counter()
+            loss, _ = train_step(loss_of, model, optimizers, windows, config.learning_rate, config)
+            seconds.append(time.perf_counter() - started)
+        graphs, peak = torch._dynamo.utils.counters["stats"]["unique_graphs"], peak_gib(device)
+        print(f"{number:5}  {stage.seq_len:6,}  {stage.batch_size:5}  {seconds[0]:7.1f}  {seconds[1]:8.1f}  "
+              f"{stage.tokens_per_step / seconds[1]:8,.0f}  {loss:6.3f}  {peak:8.1f}  {graphs:6}", flush=True)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
