@@ -25,7 +25,7 @@ from config import Config, UserError, load_config, user_errors
 from model import GPTConfig
 
 # The corpus that the table was planned for; the plan is printed for it where there is no dataset.
-PLANNED_CORPUS = {"train articles": 225_870, "train tokens": 874_000_000}
+PLANNED_ARTICLES, PLANNED_TOKENS = 225_870, 874_000_000  # to train on, without the 5 % held out
 
 # Dense bf16 tensor-core peaks with float32 accumulation, FLOP/s, from the makers' datasheets (NVIDIA Ada and Ampere
 # GA102 architecture whitepapers, A100 and H100/H200 SXM datasheets).
@@ -264,17 +264,18 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: s
         return f"{expected:,.0f}" if expected else "-"
 
     print(f"{curriculum.max_steps:,} steps of a GPT with {short(model.n_params)} parameters on {corpus}:")
-    print(f"{articles:,} training articles, {short(tokens)} tokens. Hours on {speed}.\n")
-    header = ["", "\nsteps", "\nlength", "\nbatch", "learning\nrate", "windows/\narticle", "steps/\nepoch"]
+    at = f"on an {speed} of its peak" if " at " in speed else f"at {speed} tokens/s"
+    print(f"{articles:,} training articles, {short(tokens)} tokens. Hours {at}.\n")
+    header = ["\n", "\nsteps", "\nlength", "\nbatch", "learning\nrate", "windows/\narticle", "steps/\nepoch"]
     header += ["\nexamples", "\ntokens", "\nepochs", "\nFLOPs", "expected\nppl", "\nhours"]
-    header[0] = "\n"
     rows = []
     for number, stage in enumerate(curriculum.stages, 1):
-        examples, trained, flops, hours = np.subtract(so_far(stage.end), so_far(stage.start))
+        flops = stage.tokens * model.flops_per_token(stage.seq_len)
         rows.append([f"{number}", f"{stage.start:,}-{stage.end:,}", f"{stage.seq_len:,}", f"{stage.batch_size}",
                      f"{config.learning_rate * stage.lr_scale:.2g}", f"{tokens / articles / stage.seq_len:.1f}",
-                     f"{tokens / stage.tokens_per_step:,.0f}", f"{examples:,.0f}", f"{short(trained)}",
-                     f"{trained / tokens:.3f}", f"{flops:.1e}", ppl(stage.end), f"{hours:,.3g}"])  # fmt: skip
+                     f"{tokens / stage.tokens_per_step:,.0f}", f"{stage.examples:,}", short(stage.tokens),
+                     f"{stage.tokens / tokens:.3f}", f"{flops:.1e}", ppl(stage.end),
+                     f"{hours_of(stage.tokens, flops):,.3g}"])  # fmt: skip
     print(format_table(header, rows))
     for row in curriculum.rows[len(curriculum.stages) :]:
         print(f"Never reached with max_steps={curriculum.max_steps}: {row}")
@@ -323,7 +324,7 @@ def main() -> None:
         articles, tokens = counts["articles"], counts["tokens"]
     else:
         corpus = "the plan's corpus"
-        articles, tokens = PLANNED_CORPUS["train articles"], PLANNED_CORPUS["train tokens"]
+        articles, tokens = PLANNED_ARTICLES, PLANNED_TOKENS
     print_plan(config, corpus, articles, tokens, speeds[-1] if speeds else speed)
 
 

@@ -9,9 +9,9 @@ from curriculum import scale_table
 data_dir = "data/sample"
 out_dir = "out/demo"
 
-# 100,000 steps of 16,384 tokens become 444 of 2,048: at the end one window a step.
-stages = scale_table(curriculum9.stages, steps=1 / 225, tokens=1 / 8)
-max_steps = 444
+# 100,000 steps of 16,384 tokens become 426 of 2,048: at the end one window a step.
+stages = scale_table(curriculum9.stages, steps=1 / 235, tokens=1 / 8)
+max_steps = 426
 
 n_layer = 4
 n_head = 3
@@ -19,8 +19,8 @@ n_embd = 192
 micro_batch_tokens = 8_192
 
 learning_rate = 6e-3  # chosen; 3e-3 to 8e-3 end much alike
-warmup_steps = 66  # in so short a run the first factors are for the warmup to hold down
-eval_interval = 111
+warmup_steps = 64  # in so short a run the first factors are for the warmup to hold down
+eval_interval = 142
 eval_tokens = 24_576
-checkpoint_interval = 111
+checkpoint_interval = 142
 log_interval = 1

@@ -78,7 +78,7 @@ def test_printed_rows_are_those_of_the_plan(plan):
 
 def test_printed_totals_are_those_of_the_plan(plan):
     assert "100000 steps of a GPT with 123.6M parameters" in plan
-    assert "225870 training articles 874.0M tokens. Hours on RTX 4090 at 0.15." in plan
+    assert "225870 training articles 874.0M tokens. Hours on an RTX 4090 at 0.15 of its peak." in plan
     total = re.search(r"In all (\d+) examples (.+)M tokens \((.+) epochs\) (.+) FLOPs (.+) hours", plan)
     examples, tokens, epochs, flops, hours = map(float, total.groups())
     assert (examples, tokens, epochs) == (2_010_000, 1_626.6, 1.86)
@@ -96,7 +96,7 @@ def test_printed_totals_are_those_of_the_plan(plan):
 def test_plan_of_a_dataset_at_a_measured_speed(run_program, tmp_path):
     write_dataset(tmp_path, {"train": [9_000, 4_000], "val": [3_000]}, articles=13)
     done = run_program("curriculum.py", "config/curriculum9.py", f"--data_dir={tmp_path}", "--speed=130000")
-    assert "13 training articles, 13.0k tokens. Hours on 130000." in done.stdout
+    assert "13 training articles, 13.0k tokens. Hours at 130000 tokens/s." in done.stdout
     hours = re.search(r"([\d.]+) hours\.\nThe same", done.stdout)
     assert float(hours[1]) == pytest.approx(1_626_624_000 / 130_000 / 3_600, rel=0.01)
 

@@ -71,7 +71,7 @@ def assert_same_run(one, other) -> None:
 def test_a_run_through_all_nine_stages_compiles_two_graphs_and_logs_what_design_says(tmp_path, sample_dir):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    keys = SMALL | {"compile": True, "dtype": "bfloat16", "eval_tokens": 16_384}
+    keys = SMALL | {"compile": True, "dtype": "bfloat16", "eval_tokens": 16_384, "micro_batch_tokens": 8_192}
     config = Config(**keys, data_dir=str(sample_dir), out_dir=str(tmp_path), stages=NINE, max_steps=9)
     try:
         assert train.train(config) == 0
