@@ -40,14 +40,15 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model():
     """The first token of many samples, against the softmax by hand: a chi-square test with 8 degrees of freedom."""
     model = GPT(GPTConfig(1, 2, 32), 16)
     model.init_weights(0)
-    model.embed.weight.data *= 20  # so that the distribution is far from even
+    model.embed.weight.data *= 5  # so that the distribution is far from even
     with torch.no_grad():
-        largest = model(torch.tensor([[ENDOFTEXT]]))[0, -1, :ENDOFTEXT].double().topk(9)
+        largest = model(torch.tensor([[464]]))[0, -1, :VOCAB_SIZE].double().topk(9)
+    assert ENDOFTEXT not in largest.indices  # it would end the text
     weights = torch.softmax(largest.values, 0).numpy()
     generator = torch.Generator().manual_seed(1)
-    drawn = [generate(model, [ENDOFTEXT], 1, 1.0, 9, generator) for _ in range(400)]
+    drawn = [generate(model, [464], 1, 1.0, 9, generator) for _ in range(400)]
     counts = np.array([sum(tokens == [token] for tokens in drawn) for token in largest.indices.tolist()])
-    assert counts.sum() >= 390  # the rest ended the article at once, if <|endoftext|> is among the nine
+    assert counts.sum() == 400 and weights.min() > 0.01
     assert ((counts - 400 * weights) ** 2 / (400 * weights)).sum() < 26.1  # the 0.999 quantile
 
 
