@@ -166,10 +166,10 @@ def eval_table(records: list[dict]) -> str:
         "val loss": ("val_loss", "{:.3f}"),
         "val ppl": ("val_ppl", "{:,.1f}"),
         "accuracy": ("val_accuracy", "{:.1%}"),
-        "bits/byte": ("val_bpb", "{:.3f}"),
+        "bpb": ("val_bpb", "{:.3f}"),
         "train loss": ("train_loss", "{:.3f}"),
         "gap": ("gap", "{:+.3f}"),
-        "last length": ("last_len_loss", "{:.3f}"),
+        "last len": ("last_len_loss", "{:.3f}"),
         "seconds": ("time_s", "{:,.0f}"),
     }
     rows = [[form.format(record[key]) for key, form in columns.values()] for record in records]
@@ -287,7 +287,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def set_up(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[GPT, list, Callable, Callable]:
+def set_up(
+    config: Config, max_len: int, device: torch.device, dtype: torch.dtype
+) -> tuple[GPT, list[torch.optim.Optimizer], Callable, Callable]:
     """The model with its first weights, its optimizers, and model.loss and model.score under autocast and compiled.
 
     One graph of each serves the whole table: its sizes are symbols, and sizes that happen to be equal do not become one
@@ -301,7 +303,7 @@ def set_up(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[GP
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU
     torch.fx.experimental._config.use_duck_shape = False
 
-    model = GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), max(row[1] for row in config.stages))
+    model = GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), max_len)
     model.init_weights(config.seed)
     model.to(device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -333,7 +335,7 @@ def train(config: Config) -> int:
     except OSError as error:
         raise UserError(f"cannot make out_dir {out_dir}: {error.strerror}") from error
 
-    model, optimizers, loss_of, score_of = set_up(config, device, dtype)
+    model, optimizers, loss_of, score_of = set_up(config, curriculum.max_len, device, dtype)
     step, time_s, best = 0, 0.0, Best()
     if state:
         model.load_state_dict(state["model"])
@@ -418,7 +420,6 @@ def train(config: Config) -> int:
         step += 1
         time_s += time.perf_counter() - started
 
-        bar.update()
         if step % config.log_interval == 0:
             number, tokens = curriculum.index(step - 1) + 1, curriculum.tokens_before(step)
             tokens_per_s = (tokens - curriculum.tokens_before(counted[0])) / (time_s - counted[1])
@@ -429,7 +430,8 @@ def train(config: Config) -> int:
                        "tokens": tokens, "tokens_per_s": round(tokens_per_s, 1), "mfu": mfu,
                        "time_s": round(time_s, 3)})  # fmt: skip
             bar.set_description(f"stage {number}/{len(config.stages)}, length {stage.seq_len:,}", refresh=False)
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+        bar.update()
     bar.close()
     if stop:
         print(f"stopped by {signal.Signals(stop[0]).name} after step {step:,}; --resume=True goes on")

@@ -41,7 +41,7 @@ def main() -> None:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     dataset = open_dataset(config.data_dir, curriculum)
-    model, optimizers, loss_of, _ = set_up(config, device, dtype)
+    model, optimizers, loss_of, _ = set_up(config, curriculum.max_len, device, dtype)
     print(f"{model.config.n_params / 1e6:.1f}M parameters, {config.optimizer}, {dtype}, {device}, "
           f"{torch.get_num_threads()} threads, parts of {config.micro_batch_tokens:,} tokens")  # fmt: skip
     print("stage  length  batch  first s  second s  tokens/s    loss  peak GiB  graphs")

@@ -467,12 +467,11 @@ def cut(name: str, size: int):
         (cut("meta.json", 100), "is damaged: JSONDecodeError"),
         (lambda folder: (folder / "meta.json").write_text("[]"), "is damaged"),
         (lambda folder: (folder / "meta.json").write_text("{}"), "is damaged: KeyError.*shards"),
-        (lambda folder: (folder / "token_bytes.npy").unlink(), "is damaged: FileNotFoundError"),
+        (lambda folder: (folder / "token_bytes.npy").unlink(), "is damaged: FileNotFoundError.*token_bytes"),
         (cut("token_bytes.npy", 1_000), "is damaged"),
-        pytest.param(cut("token_bytes.npy", 0), "is damaged"),  # EOFError
-        pytest.param(lambda f: np.save(f / "token_bytes.npy", np.ones(9)), "token_bytes"),  # is taken
-        pytest.param(lambda f: (f / "token_bytes.npy").unlink(), "token_bytes"),  # file is not named
-        pytest.param(change_meta(tokens="100"), "is damaged"),  # ValueError in the message's format
+        (cut("token_bytes.npy", 0), "is damaged"),
+        (lambda folder: np.save(folder / "token_bytes.npy", np.ones(9)), "token_bytes"),
+        (change_meta(tokens="100"), "is damaged"),
         (cut("train_00001.bin", 32), "train_00001.bin has 32 bytes, not the 34 that meta.json says"),
         (cut("val_00000.bin", 99), "val_00000.bin has 99 bytes, not the 100 "),
         (cut("val_00001.bin", 0), "val_00001.bin has 0 bytes, not the 60 "),
