@@ -214,18 +214,15 @@ def choose(targets: list[str], min_tokens: int, max_articles: int | None) -> tup
     return keep, left_out
 
 
-Part = tuple[int, int, int]  # piece, first and last byte in it
-
-
-def lay_out(mine: np.ndarray, tokens: np.ndarray, piece: np.ndarray, shard_tokens: int) -> list[list[Part]]:
-    """The parts of pieces that make up each shard of a split.
+def lay_out(mine: np.ndarray, tokens: np.ndarray, piece: np.ndarray, shard_tokens: int) -> list[np.ndarray]:
+    """The parts of pieces that make up each shard of a split: a row (piece, its first byte, where it ends) for each.
 
     mine (N,) says which articles are in the split, tokens (N,) their sizes, piece (N,) where they are. A shard has at
     most shard_tokens tokens; but no article is cut, and a longer one has a shard to itself.
     """
     ends = np.cumsum(tokens, dtype=np.int64)
     origin = (ends - tokens)[np.searchsorted(piece, piece)]  # where each article's piece begins
-    first_byte, last_byte = 2 * (ends - tokens - origin), 2 * (ends - origin)
+    begins, ends = 2 * (ends - tokens - origin), 2 * (ends - origin)  # of each article, in bytes of its piece
     mine = np.flatnonzero(mine)
     filled = np.cumsum(tokens[mine], dtype=np.int64)
     shards, start = [], 0
@@ -233,19 +230,18 @@ def lay_out(mine: np.ndarray, tokens: np.ndarray, piece: np.ndarray, shard_token
         room = filled[start] - tokens[mine[start]] + shard_tokens
         stop = max(start + 1, int(np.searchsorted(filled, room, "right")))
         articles = mine[start:stop]
-        gaps = 1 + np.flatnonzero((np.diff(articles) > 1) | (np.diff(piece[articles]) > 0))
-        runs = [(articles[0], articles[-1])] if not len(gaps) else [
-            (run[0], run[-1]) for run in np.split(articles, gaps)]
-        shards.append([(int(piece[a]), int(first_byte[a]), int(last_byte[b])) for a, b in runs])
+        goes_on = (np.diff(articles) == 1) & (np.diff(piece[articles]) == 0)  # whether to the next in one part
+        first, last = articles[np.append(True, ~goes_on)], articles[np.append(~goes_on, True)]
+        shards.append(np.stack([piece[first], begins[first], ends[last]], axis=1))
         start = stop
     return shards
 
 
-def write_shard(path: Path, parts: list[Part], targets: list[str]) -> str:
+def write_shard(path: Path, parts: np.ndarray, targets: list[str]) -> str:
     """Little-endian uint16 tokens and nothing else. Returns the sha256."""
     sha256 = hashlib.sha256()
     with path.open("wb") as shard:
-        for piece, start, stop in parts:
+        for piece, start, stop in parts.tolist():
             with open(f"{targets[piece]}.bin", "rb") as tokens:
                 tokens.seek(start)
                 while start < stop:
@@ -314,7 +310,7 @@ def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max
     in_val = is_val(load_column(targets, "title"), options["val_fraction"])
     tokens, n_bytes = load_column(targets, "tokens"), load_column(targets, "bytes")
     sizes = [len(np.load(f"{target}.npz")["articles"]) for target in targets]
-    piece = np.repeat(np.arange(len(targets), dtype=np.uint32), sizes)
+    piece = np.repeat(np.arange(len(targets), dtype=np.int32), sizes)
     splits, shards, parts = {}, [], []
     for split, mine in zip(SPLITS, (keep & ~in_val, keep & in_val)):
         if not mine.any() and (split == "train" or options["val_fraction"] > 0):
@@ -322,7 +318,7 @@ def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max
         splits[split] = {"articles": int(mine.sum()), "tokens": int(tokens[mine].sum(dtype=np.int64)),
                          "bytes": int(n_bytes[mine].sum(dtype=np.int64))}
         for number, layout in enumerate(lay_out(mine, tokens, piece, options["shard_tokens"])):
-            size = sum(stop - start for _, start, stop in layout) // 2
+            size = int((layout[:, 2] - layout[:, 1]).sum()) // 2
             shards.append({"file": f"{split}_{number:05d}.bin", "split": split, "tokens": size})
             parts.append(layout)
     for split in SPLITS:  # of a run that was killed here, with other options
@@ -354,7 +350,8 @@ def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max
 
 def print_summary(meta: dict, seconds: float) -> None:
     for split, totals in meta["splits"].items():
-        print(f"{split}: {totals['articles']:,} articles, {totals['tokens']:,} tokens")
+        each = totals["tokens"] / max(1, totals["articles"])
+        print(f"{split}: {totals['articles']:,} articles, {totals['tokens']:,} tokens, {each:,.0f} each")
     if meta["left_out"]:
         print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in meta["left_out"].items()))
     if meta["skipped"]:

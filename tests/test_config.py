@@ -238,9 +238,15 @@ def test_a_users_error_is_one_line_and_status_2(capsys):
 
 
 def test_no_other_error_is_taken_for_the_users():
-    for error in (ValueError, KeyError, OSError, KeyboardInterrupt):
+    for error in (ValueError, KeyError, OSError):
         with pytest.raises(error), user_errors():
             raise error("ours")
+
+
+def test_ctrl_c_ends_with_the_status_that_shells_expect():
+    with pytest.raises(SystemExit) as ended, user_errors():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
 
 
 @pytest.mark.parametrize(
