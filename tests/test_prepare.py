@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -468,9 +469,10 @@ def every_kind(folder: Path) -> list[Path]:
 
 
 def start(*args, **kwargs) -> subprocess.Popen:
-    """The program in the background."""
+    """The program in the background, where Ctrl-C reaches it: a shell's "&" would have it ignored."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(*args, **kwargs), env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+    env, listen = os.environ | {"PYTHONPATH": str(ROOT)}, partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command(*args, **kwargs), env=env, preexec_fn=listen, **pipes)
 
 
 def wait_for(folder: Path, pattern: str, process: subprocess.Popen) -> None:
