@@ -1,0 +1,265 @@
+"""Training speed and memory beside what one would use instead: nanoGPT's train.py and transformers' GPT-2.
+
+    python bench/throughput.py --nanogpt=PATH [--n_layer=4 --n_head=4 --n_embd=256 --tokens=2048] [--device=cpu]
+    python bench/throughput.py --nanogpt=PATH --n_layer=12 --n_head=12 --n_embd=768 --tokens=16384 --apart
+
+For each stage's length: optimizer steps of one batch of real tokens, compiled, by every program in a process of its
+own, that take turns of --burst steps, --rounds times, so that a machine that slows down slows them all. (--apart: one
+process at a time, for models of which four do not fit in memory.) nanoGPT's train.py runs unchanged, as it configures
+itself, which is float32 on a CPU; and with its line for autocast changed to bf16. transformers' GPT-2 runs under bf16
+autocast with sdpa and fused AdamW. Ours is train.py's own step with curriculum9's settings.
+
+Printed: tokens/s, median and spread over rounds; MFU, as a share of a large bf16 product timed between the turns (on a
+known GPU: of its datasheet's peak); the largest memory each process ever held; the ratio of each round, median, spread.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+LENGTHS = [64, 128, 256, 512, 768, 1024, 1536, 2048]  # the nine stages' (the last two share one)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The programs, each in a process that takes a step whenever it is told to
+
+
+def gate(out) -> Callable[[], None]:
+    """A function to call after every step: reports the step's seconds and waits until the next is wanted."""
+    since = [time.perf_counter()]
+
+    def after_step() -> None:
+        out.write(f"{time.perf_counter() - since[0]}\n")
+        out.flush()
+        if not sys.stdin.readline():
+            os._exit(0)
+        since[0] = time.perf_counter()
+
+    return after_step
+
+
+def run_ours(args: argparse.Namespace, after_step: Callable[[], None]) -> None:
+    import train
+    from config import load_config
+    from curriculum import Curriculum, open_dataset
+
+    config = load_config(["config/curriculum9.py", f"--n_layer={args.n_layer}", f"--n_head={args.n_head}",
+                          f"--n_embd={args.n_embd}", f"--device={args.device}", f"--data_dir={args.data_dir}"])
+    dataset = open_dataset(config.data_dir, Curriculum(config.stages, config.max_steps))
+    device = train.pick_device(config.device)
+    longest = max(2048, args.length)
+    model, optimizers, loss_of, _ = train.set_up(config, longest, device, train.pick_dtype(config.dtype, device))
+    for step in range(10**9):
+        windows = dataset.train.random_windows(args.length, args.batch, config.seed, step)
+        train.train_step(loss_of, model, optimizers, windows, 6e-4, config)
+        after_step()
+
+
+def run_transformers(args: argparse.Namespace, after_step: Callable[[], None]) -> None:
+    import numpy as np
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_float32_matmul_precision("high")
+    shard = np.memmap(Path(args.data_dir) / "train_00000.bin", np.uint16, "r")
+    config = GPT2Config(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, vocab_size=50304,
+                        n_positions=args.length, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+                        attn_implementation="sdpa", use_cache=False)
+    model = GPT2LMHeadModel(config).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    compiled = torch.compile(model)
+    rng = np.random.default_rng(0)
+    while True:
+        starts = rng.integers(len(shard) - args.length, size=args.batch)
+        tokens = torch.from_numpy(np.stack([shard[i : i + args.length] for i in starts]).astype(np.int64))
+        tokens = tokens.to(args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            loss = compiled(tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        after_step()
+
+
+def run_nanogpt(args: argparse.Namespace, after_step: Callable[[], None], bf16: bool) -> None:
+    """Its train.py in its own folder, with a print that takes a turn at every line that reports a step."""
+    source = (Path(args.nanogpt) / "train.py").read_text()
+    if bf16:
+        changed = source.replace("nullcontext() if device_type == 'cpu' else ", "")
+        assert changed != source, "this train.py has another line for autocast"
+        source = changed
+
+    def print_line(*words: object, **kwargs: object) -> None:
+        if str(words[0]).startswith("iter "):
+            after_step()
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data" / "sample"
+        data.mkdir(parents=True)
+        for split in ("train", "val"):
+            (data / f"{split}.bin").symlink_to(Path(args.data_dir).resolve() / f"{split}_00000.bin")
+        os.chdir(folder)
+        sys.path.insert(0, str(Path(args.nanogpt).resolve()))
+        sys.argv = ["train.py", "--dataset=sample", f"--device={args.device}", f"--block_size={args.length}",
+                    f"--batch_size={args.batch}", "--gradient_accumulation_steps=1", f"--n_layer={args.n_layer}",
+                    f"--n_head={args.n_head}", f"--n_embd={args.n_embd}", "--eval_iters=1",
+                    "--eval_interval=1000000", "--log_interval=1", f"--dtype={'bfloat16' if bf16 else 'float32'}"]
+        if not bf16 and args.device != "cpu":
+            sys.argv.pop()  # as it configures itself
+        (Path(folder) / "configurator.py").write_text((Path(args.nanogpt) / "configurator.py").read_text())
+        names = {"__name__": "__main__", "__file__": "train.py", "print": print_line}
+        exec(compile(source, "train.py", "exec"), names)
+
+
+PROGRAMS: dict[str, Callable] = {
+    "ours": run_ours,
+    "nanoGPT": lambda args, after_step: run_nanogpt(args, after_step, bf16=False),
+    "nanoGPT bf16": lambda args, after_step: run_nanogpt(args, after_step, bf16=True),
+    "transformers": run_transformers,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The referee
+
+
+class Player:
+    """A program at work on one shape."""
+
+    def __init__(self, name: str, flags: list[str], length: int, batch: int):
+        words = [sys.executable, __file__, *flags, f"--play={name}", f"--length={length}", f"--batch={batch}"]
+        # Threads that wait for their turn must not spin: the others need the cores.
+        env = os.environ | {"PYTHONWARNINGS": "ignore", "GOMP_SPINCOUNT": "1000"}
+        self.name = name
+        self.process = subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=None if "--verbose" in flags else subprocess.DEVNULL, text=True)
+        self.first = self.turn(1, told=False)
+
+    def turn(self, steps: int, told: bool = True) -> float:
+        """Seconds per step of so many."""
+        seconds = 0.0
+        for _ in range(steps):
+            if told:
+                self.process.stdin.write("\n")
+                self.process.stdin.flush()
+            line = self.process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"{self.name} ended; --verbose shows why")
+            seconds += float(line)
+        return seconds / steps
+
+    def end(self) -> float:
+        """The largest memory it held, in GiB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        self.process.kill()
+        self.process.wait()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def peak_rate(device: str) -> float:
+    """FLOP/s of bf16 products: the datasheet's for a known GPU, else of a large product just now (best of five)."""
+    import torch
+
+    from curriculum import PEAK_FLOPS
+
+    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
+    for name, peak in PEAK_FLOPS.items():
+        if name in gpu:
+            return peak
+    n = 4096 if device == "cpu" else 16384
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best
+
+
+def spread(values: list[float], form: str) -> str:
+    low, middle, high = (format(f(values), form) for f in (min, statistics.median, max))
+    return f"{middle} ({low}-{high})"
+
+
+def measure(args: argparse.Namespace, length: int, batch: int) -> list[list[str]]:
+    from model import GPTConfig
+
+    names = [name for name in PROGRAMS if args.nanogpt or "nanoGPT" not in name]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    first, memory, rates = {}, {}, []
+    if args.apart:
+        for _ in range(args.rounds):
+            for name in names:
+                player = Player(name, sys.argv[1:], length, batch)
+                player.turn(args.burst)
+                seconds[name].append(player.turn(args.burst))
+                memory[name] = player.end()
+            rates.append(peak_rate(args.device))
+    else:
+        players = [Player(name, sys.argv[1:], length, batch) for name in names]
+        first = {player.name: player.first for player in players}
+        for player in players:
+            player.turn(args.burst)  # the first steps find their memory
+        for _ in range(args.rounds):
+            for player in players:
+                seconds[player.name].append(player.turn(args.burst))
+            rates.append(peak_rate(args.device))
+        memory = {player.name: player.end() for player in players}
+    flops = GPTConfig(args.n_layer, args.n_head, args.n_embd).flops_per_token(length) * length * batch
+    rows = []
+    for name in names:
+        ratios = [other / own for own, other in zip(seconds["ours"], seconds[name])]
+        mfu = spread([flops / s / rate for s, rate in zip(seconds[name], rates)], ".0%") if name == "ours" else ""
+        rows.append([f"{length:,}", f"{batch}", name, spread([length * batch / s for s in seconds[name]], ",.0f"), mfu,
+                     f"{memory[name]:.2f}", "" if name == "ours" else spread(ratios, ".2f"),
+                     "" if name == "ours" else f"{memory['ours'] / memory[name]:.2f}",
+                     f"{first[name]:.0f}" if name in first else ""])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nanogpt", help="a checkout of nanoGPT; without it, it is left out")
+    parser.add_argument("--n_layer", type=int, default=4)
+    parser.add_argument("--n_head", type=int, default=4)
+    parser.add_argument("--n_embd", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=2048, help="of an optimizer step")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--data_dir", default="data/sample")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--burst", type=int, default=4)
+    parser.add_argument("--apart", action="store_true", help="one process at a time")
+    parser.add_argument("--verbose", action="store_true", help="show what the programs print on stderr")
+    for hidden, kind in (("--play", str), ("--length", int), ("--batch", int)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.data_dir = str(Path(args.data_dir).resolve())
+    if args.play:
+        out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what a program prints is not taken for a report
+        return PROGRAMS[args.play](args, gate(out))
+
+    from curriculum import format_table
+
+    header = ["\nlength", "\nbatch", "\nprogram", "\ntokens/s", "\nMFU", "peak\nGiB", "ours is\nfaster by",
+              "our\nmemory", "first\nstep s"]
+    rows = []
+    for length in args.lengths:
+        rows += measure(args, length, max(1, args.tokens // length))
+        print(format_table(header, rows) if length == args.lengths[-1] else f"length {length} done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
