@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import load_checkpoint
 from config import CommandLine, UserError, user_errors
 from model import GPT, GPTConfig
 from prepare_wiki import ENDOFTEXT, VOCAB_SIZE, gpt2_encoding
-from train import load_checkpoint, pick_device
+from train import pick_device
 
 
 def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:

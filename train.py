@@ -4,21 +4,18 @@
 
 Each step draws its windows (curriculum.py), runs them forward and backward in parts of at most micro_batch_tokens,
 clips the gradient and updates the weights. Around the steps: validation on held-out articles, early stopping,
-checkpoints, the log. The same command with --resume=True goes on where a stopped or killed run was, exactly.
-
-out_dir/last.pt    everything needed to go on      out_dir/best.pt    the model at the best validation of its length
-out_dir/prev.pt    the last.pt before it           out_dir/log.jsonl  one record per logged step and evaluation
+checkpoints and the log (checkpoint.py). The same command with --resume=True goes on where a stopped or killed run
+was, exactly. `torchrun --nproc_per_node=N train.py ...` makes the same run on N processes (parallel.py).
 """
 
 import dataclasses
-import json
 import math
 import os
 import signal
 import sys
 import time
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,9 +24,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import open_run, save_checkpoint
 from config import Config, UserError, load_config, user_errors
 from curriculum import PEAK_FLOPS, Curriculum, Split, expected_ppl, format_table, learning_rate, open_dataset
 from model import GPT, GPTConfig
+from parallel import Processes, join_processes
+
+MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run: chosen; float16's scale falls to 1/1,024
 
 # Huge pages, where Linux gives them (torch reads this at its first allocation): with small ones, a tenth of a CPU's
 # work was faulting in the memory that every step takes and gives back. 1.2 times as fast with a model of width 256.
@@ -58,12 +59,33 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 
 def parts(windows: np.ndarray, seq_len: int, micro_batch_tokens: int) -> list[np.ndarray]:
     """Windows of seq_len (or their numbers) in parts within micro_batch_tokens: as few and as equal as can be."""
-    return np.array_split(windows, math.ceil(len(windows) / (micro_batch_tokens // seq_len)))
+    count = math.ceil(len(windows) / (micro_batch_tokens // seq_len))
+    return np.array_split(windows, count) if count else []
 
 
 def to_device(windows: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(windows)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Raises UserError with the advice where a GPU or the machine is out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"out of memory: {advice}") from None
+
+
+def smaller_parts(config: Config, share: np.ndarray, seq_len: int) -> str:
+    """What to try when a part of the share was too large: half of it, but no less than the table's longest window."""
+    windows = max(map(len, parts(share, seq_len, config.micro_batch_tokens)), default=0)
+    half = max(windows // 2 * seq_len, *(row[1] for row in config.stages))
+    if half < windows * seq_len:
+        return f"{windows} windows of {seq_len:,} at once are too many; try --micro_batch_tokens={half}"
+    return "micro_batch_tokens can be no smaller for this table; the model or its longest windows must be"
 
 
 def train_step(
@@ -73,26 +95,48 @@ def train_step(
     windows: np.ndarray,
     lr: float,
     config: Config,
+    scaler: torch.amp.GradScaler | None = None,
+    team: Processes | None = None,
 ) -> tuple[float, float]:
     """One update from windows (B, T + 1): its mean loss in nats per token, and the gradient's norm before clipping.
 
     loss_of is model.loss, as compiled. Every target weighs the same, however the batch is parted: the parts' sums of
-    losses are divided by the whole batch's number of targets.
+    losses are divided by the whole batch's number of targets. Where the loss or the norm is not finite, the weights
+    and the optimizers stay as they are. scaler is float16's; team are the processes that share the batch.
     """
+    scaler, team = scaler or torch.amp.GradScaler(enabled=False), team or Processes()
     seq_len = windows.shape[1] - 1
     device = model.embed.weight.device
     mean_loss = torch.zeros((), device=device)
-    for part in parts(windows, seq_len, config.micro_batch_tokens):
-        loss = loss_of(to_device(part, device)) / (len(windows) * seq_len)
-        loss.backward()
-        mean_loss += loss.detach()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    share = team.share(windows)
+    advice, out_of_memory = smaller_parts(config, share, seq_len), False
+    try:
+        with memory_errors(advice):
+            for part in parts(share, seq_len, config.micro_batch_tokens):
+                loss = loss_of(to_device(part, device)) / (len(windows) * seq_len)
+                scaler.scale(loss).backward()
+                mean_loss += loss.detach()
+    except UserError:
+        out_of_memory = True  # the others wait: they hear of it with the gradients
+        loss = None  # frees the graph
+    sums = team.sum_gradients(model, mean_loss, team.flags(out_of_memory))
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-    return mean_loss.item(), grad_norm.item()
+        scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    # The step's one wait for the GPU. Behind the optimizers it would hide their launches; here, the next step's.
+    loss, *flags, grad_norm = torch.cat((sums, grad_norm[None])).tolist()
+    if team.heed(flags):
+        raise team.error(f"out of memory: {advice}")
+    with memory_errors(advice):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
+    if scaler.is_enabled():
+        scaler.update()
+    return loss, grad_norm
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -117,23 +161,35 @@ def score_windows(
     seq_len: int,
     n: int,
     token_bytes: Tensor,
-    micro_batch_tokens: int,
-    stop: list[int],
+    config: Config,
+    team: Processes,
 ) -> Score:
-    """The score of n windows of seq_len, evenly spread over a split; raises Stopped once a signal stands in stop.
+    """The score of n windows of seq_len, evenly spread over a split and shared by the processes.
 
     score_of is model.score, as compiled; token_bytes (V,) holds each token's UTF-8 bytes, on the model's device.
+    Raises Stopped on all processes once one has seen a stop signal.
     """
     loss, hits, n_bytes = 0.0, 0, 0
-    for numbers in parts(split.spread(seq_len, n), seq_len, micro_batch_tokens):
-        if stop:
-            raise Stopped
-        windows = to_device(split.fixed_windows(seq_len, numbers), token_bytes.device)
-        with torch.no_grad():
-            losses, is_hit = score_of(windows)
-        loss += losses.double().sum().item()
-        hits += is_hit.sum().item()
-        n_bytes += token_bytes[windows[:, 1:]].sum().item()
+    share = team.share(split.spread(seq_len, n))
+    advice, out_of_memory = smaller_parts(config, share, seq_len), False
+    try:
+        with memory_errors(advice):
+            for numbers in parts(share, seq_len, config.micro_batch_tokens):
+                if team.seen:
+                    break
+                windows = to_device(split.fixed_windows(seq_len, numbers), token_bytes.device)
+                with torch.no_grad():
+                    losses, is_hit = score_of(windows)
+                loss += losses.double().sum().item()
+                hits += is_hit.sum().item()
+                n_bytes += token_bytes[windows[:, 1:]].sum().item()
+    except UserError:
+        out_of_memory = True
+    loss, hits, n_bytes, *flags = team.sum([loss, hits, n_bytes, *team.flags(out_of_memory)])
+    if team.heed(flags):
+        raise team.error(f"out of memory: {advice}")
+    if team.stop:
+        raise Stopped
     return Score(loss / (n * seq_len), hits / (n * seq_len), loss / math.log(2) / max(1, n_bytes))
 
 
@@ -146,9 +202,8 @@ class Best(NamedTuple):
 
     def after(self, seq_len: int, loss: float) -> "Best":
         """Losses at different lengths do not compare, so a new length starts anew."""
-        if seq_len != self.seq_len or loss < self.loss:
-            return Best(seq_len, loss)
-        return self._replace(bad_evals=self.bad_evals + 1)
+        best = self if seq_len == self.seq_len else Best(seq_len)
+        return Best(seq_len, loss) if loss < best.loss else best._replace(bad_evals=best.bad_evals + 1)
 
 
 def summary(record: dict, config: Config) -> str:
@@ -181,113 +236,38 @@ def eval_table(records: list[dict]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Files: checkpoints and the log
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes state beside path, makes it durable, and only then gives it the name; last.pt becomes prev.pt."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.name == "last.pt" and path.exists():
-        path.replace(path.with_name("prev.pt"))
-    temporary.replace(path)
-
-
-def load_checkpoint(path: Path) -> dict:
-    """What save_checkpoint wrote, on the CPU. Raises UserError for a file that is damaged or no checkpoint.
-
-    torch.load does not look at the archive's checksums; weights_only keeps a foreign file from running code.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # zipfile, pickle and torch each have their own
-        raise UserError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
-
-
-def find_checkpoint(out_dir: Path) -> dict | None:
-    """last.pt, or prev.pt where that is missing or damaged (which is said); None if there is neither."""
-    candidates = [path for path in (out_dir / "last.pt", out_dir / "prev.pt") if path.exists()]
-    for path in candidates[:-1]:
-        try:
-            return load_checkpoint(path)
-        except UserError as error:
-            print(f"{error}; going on from the checkpoint before it", file=sys.stderr)
-    return load_checkpoint(candidates[-1]) if candidates else None
-
-
-# What may differ between a checkpoint and the run that goes on from it; anything else would make it another run.
-MAY_CHANGE = {"data_dir", "out_dir", "resume", "max_steps", "plan_ppl", "phases", "micro_batch_tokens", "device"}
-MAY_CHANGE |= {"dtype", "compile", "eval_interval", "eval_tokens", "patience", "checkpoint_interval", "log_interval"}
-
-
-def check_same_run(config: Config, state: dict) -> None:
-    """Raises UserError with the keys that differ between this configuration and the checkpoint's."""
-    old, new = state["config"], dataclasses.asdict(config)
-    changes = [key for key in new if key not in MAY_CHANGE and old.get(key) != new[key]]
-    if changes:
-        listed = ", ".join(f"{key} was {old.get(key)!r} and is {new[key]!r}" for key in changes)
-        raise UserError(f"the checkpoint in {config.out_dir} is of another run: {listed}")
-
-
-class Log:
-    """log.jsonl, one JSON object a line, written out as it comes.
-
-    Opened at a step, it forgets what a killed run logged after it. The evaluation at that very step, which comes after
-    the checkpoint, is kept if keep_eval: if it was made under the same configuration.
-    """
-
-    def __init__(self, path: Path, step: int, keep_eval: bool):
-        self.records = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break  # cut off in the middle by a kill
-            if record["step"] < step or (record["step"] == step and (record["event"] == "train" or keep_eval)):
-                self.records.append(record)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        temporary.replace(path)
-        self.file = open(path, "a", buffering=1)
-
-    def evaluations(self) -> list[dict]:
-        return [record for record in self.records if record["event"] == "eval"]
-
-    def write(self, record: dict) -> None:
-        self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The machine
 
 
 def pick_device(name: str) -> torch.device:
-    """'cpu', 'cuda', 'cuda:1', ...; 'auto' is a GPU if there is one. Raises UserError for what cannot be had."""
+    """'cpu', 'cuda', 'cuda:1', ...; 'auto' is a GPU if there is one. Raises UserError for what cannot be had.
+
+    Under torchrun 'cuda' is the GPU with the process's number on its machine.
+    """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if chosen == "cuda" and "LOCAL_RANK" in os.environ:
+        chosen = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif chosen.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UserError(f"device={name!r} is one GPU for several processes: give 'cuda'")
     try:
         device = torch.device(chosen)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products. 'auto' is bfloat16 where it is fast: a CPU without it would emulate it."""
-    if name == "auto":
-        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        name = "bfloat16" if has_bf16 else "float32"
-    if name not in ("bfloat16", "float32"):
-        raise UserError(f"dtype={name!r} is none of 'auto', 'bfloat16', 'float32'")
+    """The type of matrix products. 'auto' is bfloat16 where it is fast (a CPU without it would emulate it, and so would
+    a GPU); else float16 on a GPU and float32 on a CPU."""
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    elif name == "auto":
+        name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    if name not in ("bfloat16", "float16", "float32"):
+        raise UserError(f"dtype={name!r} is none of 'auto', 'bfloat16', 'float16', 'float32'")
     return getattr(torch, name)
 
 
@@ -319,57 +299,70 @@ def set_up(
 # The loop
 
 
-def train(config: Config) -> int:
+def train(config: Config, team: Processes | None = None) -> int:
     """The run that config describes. Returns 0, or the number of the signal that stopped it."""
-    curriculum = Curriculum(config.stages, config.max_steps)
-    if config.micro_batch_tokens < curriculum.max_len:
-        raise UserError(f"micro_batch_tokens={config.micro_batch_tokens} is less than a window of {curriculum.max_len}")
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    team = team or Processes()
     out_dir = Path(config.out_dir)
-    used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if (out_dir / name).exists()]
-    if used and not config.resume:
-        raise UserError(f"{out_dir} holds a run ({', '.join(used)}): give --resume=True or another --out_dir")
-    dataset = open_dataset(config.data_dir, curriculum)
-    state = find_checkpoint(out_dir)
-    if state:
-        check_same_run(config, state)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make out_dir {out_dir}: {error.strerror}") from error
-
-    model, optimizers, loss_of, score_of = set_up(config, curriculum.max_len, device, dtype)
-    step, time_s, best = 0, 0.0, Best()
+    state = log = None
+    with team.together():
+        curriculum = Curriculum(config.stages, config.max_steps)
+        if config.micro_batch_tokens < curriculum.max_len:
+            raise UserError(f"micro_batch_tokens={config.micro_batch_tokens} is less than a window of "
+                            f"{curriculum.max_len}")  # fmt: skip
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, device)
+        dataset = open_dataset(config.data_dir, curriculum)
+        with memory_errors("the model does not fit"):
+            model, optimizers, loss_of, score_of = set_up(config, curriculum.max_len, device, dtype)
+        if team.rank == 0:
+            state, log = open_run(config)
+    state = team.broadcast(state)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, time_s, best, skipped, kept_eval = 0, 0.0, Best(), 0, None  # skipped: so many of the last steps, in a row
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        step, time_s, best = state["step"], state["time_s"], Best(*state["best"])
+        if state["scaler"]:  # empty if it was not float16 until now
+            scaler.load_state_dict(state["scaler"])
+        step, time_s, best, skipped = state["step"], state["time_s"], Best(*state["best"]), state["skipped"]
+        kept_eval = state["kept_eval"]
         print(f"going on from step {step:,} of {out_dir}")
     saved_step = step if state else None
-    keep_eval = state is not None and state["config"] | {"resume": True} == dataclasses.asdict(config)
     state = None  # its tensors were copied
     token_bytes = torch.from_numpy(dataset.token_bytes.astype(np.int64)).to(device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
-    log = Log(out_dir / "log.jsonl", step, keep_eval)
+    peak_flops = next((peak * team.count for name, peak in PEAK_FLOPS.items() if name in gpu), None)
+    team.watch_signals()
 
-    stop = []  # the signals that came; a second one of its kind kills
-
-    def on_signal(number: int, frame: object) -> None:
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-
-    def save(name: str, **more: object) -> None:
+    def save(name: str, **more: object) -> bool:
+        """Whether the file was written. Where it was not, the one before it stays, and the run goes on."""
+        if team.rank != 0:
+            return True
+        log.flush(durably=True)
         state = {"config": dataclasses.asdict(config), "step": step, "model": model.state_dict()}
-        save_checkpoint(out_dir / name, state | more)
+        try:
+            save_checkpoint(out_dir / name, state | more)
+        except OSError as error:
+            print(f"step {step:,}: {out_dir / name} cannot be written: {error.strerror}", file=sys.stderr)
+            return False
+        return True
+
+    def save_last() -> None:
+        nonlocal saved_step
+        if skipped:  # weights that gave no finite loss replace none that did
+            return
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        if save("last.pt", optimizers=states, scaler=scaler.state_dict(), time_s=time_s, best=tuple(best),
+                skipped=skipped):  # fmt: skip
+            saved_step = step
+
+    def write(record: dict) -> None:
+        if team.rank == 0:
+            log.write(record)
 
     def score(split: Split, seq_len: int, n: int) -> Score:
-        return score_windows(score_of, split, seq_len, n, token_bytes, config.micro_batch_tokens, stop)
+        return score_windows(score_of, split, seq_len, n, token_bytes, config, team)
 
     def evaluate() -> dict:
         """The log's record of an evaluation after `step` steps."""
@@ -388,18 +381,17 @@ def train(config: Config) -> int:
                 "plan_ppl": expected_ppl(config.plan_ppl, step), "is_best": after.bad_evals == 0,
                 "bad_evals": after.bad_evals, "time_s": round(time_s, 3)}  # fmt: skip
 
-    bar = tqdm(total=config.max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+    bar = tqdm(total=config.max_steps, initial=step, unit="step", disable=None if team.rank == 0 else True,
+               dynamic_ncols=True)  # fmt: skip
     counted = (step, time_s)  # where the next tokens/s starts
     while True:
         eval_due = step % config.eval_interval == 0 or curriculum.ends_stage(step)
-        if (eval_due or stop or step % config.checkpoint_interval == 0) and step != saved_step:
-            optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
-            save("last.pt", optimizers=optimizer_states, time_s=time_s, best=tuple(best))
-            saved_step = step
-        if stop:
+        if (eval_due or team.stop or step % config.checkpoint_interval == 0) and step != saved_step:
+            save_last()
+        if team.stop:
             break
         if eval_due:
-            record = next((record for record in log.evaluations() if record["step"] == step), None)
+            record, kept_eval = kept_eval, None
             if not record:
                 try:
                     record = evaluate()
@@ -407,7 +399,7 @@ def train(config: Config) -> int:
                     continue
                 if record["is_best"]:
                     save("best.pt")
-                log.write(record)
+                write(record)
                 bar.write(summary(record, config))
             best = best.after(record["seq_len"], record["val_loss"])
             if best.bad_evals > config.patience:
@@ -420,31 +412,51 @@ def train(config: Config) -> int:
         stage = curriculum.at(step)
         lr = learning_rate(config, stage, step)
         windows = dataset.train.random_windows(stage.seq_len, stage.batch_size, config.seed, step)
-        loss, grad_norm = train_step(loss_of, model, optimizers, windows, lr, config)
+        loss, grad_norm = train_step(loss_of, model, optimizers, windows, lr, config, scaler, team)
         step += 1
         time_s += time.perf_counter() - started
 
-        if step % config.log_interval == 0:
-            number, tokens = curriculum.index(step - 1) + 1, curriculum.tokens_before(step)
+        number = curriculum.index(step - 1) + 1
+        record = {"step": step, "stage": number, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "lr": lr}
+        skipped = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else skipped + 1
+        if skipped:
+            bar.write(f"step {step:,} is skipped: loss {loss}, gradient norm {grad_norm}, learning rate {lr:.3g}")
+            write({"event": "skip", **record, "in_a_row": skipped, "time_s": round(time_s, 3)})
+        elif step % config.log_interval == 0:
+            tokens = curriculum.tokens_before(step)
             tokens_per_s = (tokens - curriculum.tokens_before(counted[0])) / (time_s - counted[1])
             mfu = tokens_per_s * model.config.flops_per_token(stage.seq_len) / peak_flops if peak_flops else None
             counted = (step, time_s)
-            log.write({"event": "train", "step": step, "stage": number, "seq_len": stage.seq_len,
-                       "batch_size": stage.batch_size, "lr": lr, "loss": loss, "grad_norm": grad_norm,
-                       "tokens": tokens, "tokens_per_s": round(tokens_per_s, 1), "mfu": mfu,
-                       "time_s": round(time_s, 3)})  # fmt: skip
+            write({"event": "train", **record, "loss": loss, "grad_norm": grad_norm, "tokens": tokens,
+                   "tokens_per_s": round(tokens_per_s, 1), "mfu": mfu, "time_s": round(time_s, 3)})  # fmt: skip
             bar.set_description(f"stage {number}/{len(config.stages)}, length {stage.seq_len:,}", refresh=False)
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
         bar.update()
+        if skipped == MAX_SKIPPED:
+            bar.close()
+            raise team.error(f"{skipped} steps in a row had no finite loss and gradient, the last of them step "
+                             f"{step:,} at learning rate {lr:.3g}; {out_dir} keeps last.pt of step {saved_step} and "
+                             "the prev.pt before it")  # fmt: skip
     bar.close()
-    if stop:
-        print(f"stopped by {signal.Signals(stop[0]).name} after step {step:,}; --resume=True goes on")
-    else:
-        print(eval_table(log.evaluations()))
-    return stop[0] if stop else 0
+    if step != saved_step:  # the disk was full; it may have room by now
+        save_last()
+    team.wait()
+    if team.rank == 0:
+        log.flush(durably=True)
+        if (step != saved_step and not skipped) or log.failed:
+            raise UserError(f"{out_dir} lacks the end of the run: free its disk, and --resume=True makes it again")
+        if not team.stop:
+            print(eval_table(log.evaluations()))
+    if skipped:
+        print(f"the last {skipped} steps were skipped; last.pt is of step {saved_step}")
+    if team.stop:
+        print(f"stopped by {signal.Signals(team.stop).name} after step {step:,}; --resume=True goes on")
+    return team.stop
 
 
 if __name__ == "__main__":
-    with user_errors():
-        if number := train(load_config(sys.argv[1:])):
+    with user_errors(), join_processes() as team:
+        with team.together():
+            config = load_config(sys.argv[1:])
+        if number := train(config, team):
             sys.exit(128 + number)

@@ -58,7 +58,8 @@ def read_run(out_dir: Path) -> Run:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            rows[record["event"]].append([record[key] for key in KEYS[record["event"]]])
+            if record["event"] != "skip":
+                rows[record["event"]].append([record[key] for key in KEYS[record["event"]]])
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise UserError(f"{path}, line {number} is not a record of a log: {error!r}") from error
@@ -70,8 +71,8 @@ def read_run(out_dir: Path) -> Run:
 
 def model_price(out_dir: Path) -> Callable:
     """FLOPs to train on a token, by seq_len, of the model in out_dir's checkpoint. Raises UserError without one."""
-    from model import GPTConfig  # these two import torch: seconds that only --x=flops is worth
-    from train import load_checkpoint
+    from checkpoint import load_checkpoint  # these two import torch: seconds that only --x=flops is worth
+    from model import GPTConfig
 
     for path in (out_dir / "best.pt", out_dir / "last.pt"):
         if path.exists():

@@ -66,8 +66,8 @@ class Config:
     n_embd: int = 768
 
     # The machine
-    device: str = "auto"  # 'cpu', 'cuda', 'cuda:1', ...; 'auto' takes a GPU if there is one
-    dtype: str = "auto"  # 'bfloat16' or 'float32'; 'auto' takes bfloat16 where the hardware multiplies it
+    device: str = "auto"  # 'cpu', 'cuda', 'cuda:1', ...; 'auto' takes a GPU if there is one (torchrun: one each)
+    dtype: str = "auto"  # 'bfloat16', 'float16' or 'float32'; 'auto' takes the first that the hardware multiplies
     compile: bool = True  # the training step by torch.compile; False starts at once and runs slower
 
     # Validation, checkpoints, log; intervals in steps

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,6 +44,58 @@ def run_program():
 
     def run(*args: object, **kwargs: object) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, args)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **kwargs)
+        kwargs = {"cwd": ROOT} | kwargs
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **kwargs)
 
     return run
+
+
+SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "warmup_steps": 0, "learning_rate": 1e-2, "device": "cpu"}
+SMALL |= {"compile": False, "dtype": "float32", "eval_tokens": 2_048, "log_interval": 1, "micro_batch_tokens": 4_096}
+FEW = ((0, 16, 8, 1.0), (10, 32, 4, 0.5), (20, 64, 3, 0.25))
+
+
+@pytest.fixture
+def config_file(tmp_path, small_dir):
+    """A config file of a small run over the sample: FEW for 30 steps."""
+    keys = SMALL | {"data_dir": str(small_dir), "out_dir": str(tmp_path / "run"), "stages": FEW, "max_steps": 30}
+    keys |= {"eval_interval": 8, "checkpoint_interval": 3}
+    path = tmp_path / "small.py"
+    path.write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
+    return path
+
+
+def read_log(out_dir) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in ("time_s", "tokens_per_s", "mfu")} for record in records]
+
+
+def weights_and_moments(path) -> list[torch.Tensor]:
+    """Every tensor of a checkpoint, in a fixed order."""
+
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                yield from tensors(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                yield from tensors(item)
+
+    return list(tensors(torch.load(path, weights_only=True)))
+
+
+def assert_same_run(one, other) -> None:
+    ours, theirs = weights_and_moments(one / "last.pt"), weights_and_moments(other / "last.pt")
+    assert len(ours) == len(theirs) > 20
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert without_times(read_log(one)) == without_times(read_log(other))
+
+
+def count_lines(out_dir) -> int:
+    path = out_dir / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0

@@ -16,6 +16,7 @@ from PIL import Image
 
 import train
 from bench import plot
+from checkpoint import save_checkpoint
 from config import Config
 from model import GPT, GPTConfig
 
@@ -45,7 +46,7 @@ def make_log(out_dir: Path, worse: float = 0.0, plan: bool = False) -> Path:
 
 
 def save_model(out_dir: Path, name: str) -> None:
-    train.save_checkpoint(out_dir / name, {"config": dataclasses.asdict(Config(**SHAPE)), "step": 20, "model": {}})
+    save_checkpoint(out_dir / name, {"config": dataclasses.asdict(Config(**SHAPE)), "step": 20, "model": {}})
 
 
 def flops_per_token(seq_len: int) -> int:

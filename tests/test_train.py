@@ -1,7 +1,6 @@
 """The loop: what it writes can be repeated by another program, and a run that was killed ends as one that was not."""
 
 import dataclasses
-import json
 import math
 import random
 import signal
@@ -12,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FEW, ROOT, SMALL, assert_same_run, count_lines, read_log
 
 import train
 from config import Config
@@ -22,50 +21,6 @@ from model import GPT, GPTConfig
 # The demo's shapes, 64 windows of 64 among them: nine stages of a step each.
 SHAPES = ((64, 64), (128, 32), (256, 16), (512, 8), (768, 5), (1024, 4), (1536, 2), (2048, 2), (2048, 2))
 NINE = tuple((i, *shape, 1.0) for i, shape in enumerate(SHAPES))
-SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "warmup_steps": 0, "learning_rate": 1e-2, "device": "cpu"}
-SMALL |= {"compile": False, "dtype": "float32", "eval_tokens": 2_048, "log_interval": 1, "micro_batch_tokens": 4_096}
-FEW = ((0, 16, 8, 1.0), (10, 32, 4, 0.5), (20, 64, 3, 0.25))
-
-
-@pytest.fixture
-def config_file(tmp_path, small_dir):
-    """A config file of a small run over the sample: FEW for 30 steps."""
-    keys = SMALL | {"data_dir": str(small_dir), "out_dir": str(tmp_path / "run"), "stages": FEW, "max_steps": 30}
-    keys |= {"eval_interval": 8, "checkpoint_interval": 3}
-    path = tmp_path / "small.py"
-    path.write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
-    return path
-
-
-def read_log(out_dir) -> list[dict]:
-    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-
-
-def without_times(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in ("time_s", "tokens_per_s", "mfu")} for record in records]
-
-
-def weights_and_moments(path) -> list[torch.Tensor]:
-    """Every tensor of a checkpoint, in a fixed order."""
-
-    def tensors(value):
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                yield from tensors(value[key])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                yield from tensors(item)
-
-    return list(tensors(torch.load(path, weights_only=True)))
-
-
-def assert_same_run(one, other) -> None:
-    ours, theirs = weights_and_moments(one / "last.pt"), weights_and_moments(other / "last.pt")
-    assert len(ours) == len(theirs) > 20
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
-    assert without_times(read_log(one)) == without_times(read_log(other))
 
 
 def test_a_run_through_all_nine_stages_compiles_two_graphs_and_logs_what_design_says(tmp_path, sample_dir):
@@ -264,11 +219,6 @@ def test_a_run_killed_at_random_and_resumed_ends_bit_for_bit_like_one_that_was_n
     assert_same_run(killed, tmp_path / "unbroken")
 
 
-def count_lines(out_dir) -> int:
-    path = out_dir / "log.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_finishes_the_step_writes_the_checkpoint_and_the_rest_is_as_if_nothing_had_been(
     tmp_path, config_file, run_program, number
@@ -315,30 +265,6 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(config_fi
     result = run_program("train.py", config_file, "--resume=True")
     assert result.returncode == 0 and "last.pt is damaged" in result.stderr
     assert "going on from step 27" in result.stdout
-
-
-MISTAKES = {
-    "unknown key": (["--learning_rat=1"], "'learning_rate'"),
-    "wrong type": (["--max_steps=ten"], "max_steps"),
-    "no dataset": (["--data_dir=/nonexistent"], "not a dataset"),
-    "table": (["--stages=[(5,16,8,1.0)]"], "step 0"),
-    "micro-batch": (["--micro_batch_tokens=32"], "micro_batch_tokens"),
-    "heads": (["--n_head=5"], "n_head"),
-    "device": (["--device=cuda:7"], "cuda:7"),
-    "dtype": (["--dtype=int8"], "int8"),
-    "optimizer": (["--optimizer=sgd"], "sgd"),
-    "out_dir is a file": (["--out_dir=Makefile/x"], "out_dir"),
-    "window longer than the shards": (["--stages=[(0,99999,1,1.0)]", "--micro_batch_tokens=99999"], "no train shard"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(config_file, run_program, mistake):
-    arguments, word = MISTAKES[mistake]
-    result = run_program("train.py", config_file, *arguments)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1 and word in result.stderr
-    assert not (config_file.parent / "run").exists()
 
 
 def test_a_used_out_dir_and_a_checkpoint_of_another_model_are_refused_and_left_alone(config_file, run_program):

@@ -1,0 +1,203 @@
+"""What a run leaves on disk, and how it finds it again: checkpoints and the log.
+
+    last.pt    everything needed to go on exactly        best.pt      the model at the best validation of its length
+    prev.pt    the last.pt before it                     log.jsonl    one record per logged step and evaluation
+
+A kill, a power cut or a full disk at any moment leaves last.pt or prev.pt whole: a file gets its name only after all
+of it is on the disk. The log is on the disk before the checkpoint that counts on it.
+"""
+
+import dataclasses
+import fcntl
+import io
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from config import Config, UserError
+
+# What may differ between a checkpoint and the run that goes on from it; anything else would make it another run.
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "max_steps", "plan_ppl", "phases", "micro_batch_tokens", "device"}
+MAY_CHANGE |= {"dtype", "compile", "eval_interval", "eval_tokens", "patience", "checkpoint_interval", "log_interval"}
+
+# What a checkpoint holds: best.pt the first three, last.pt and prev.pt all.
+MODEL_KEYS = {"config", "step", "model"}
+RUN_KEYS = MODEL_KEYS | {"optimizers", "scaler", "time_s", "best", "skipped"}
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Writes state beside path, makes it durable, and only then gives it the name; last.pt becomes prev.pt.
+
+    Raises OSError where that fails: then path is as it was.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "last.pt" and path.exists():
+            path.replace(path.with_name("prev.pt"))
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except RuntimeError as error:
+        # Over a failed write torch still closes its archive; that fails too, and hides the disk's own error.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    finally:
+        drop(temporary)  # on a full disk half a file only takes room from the next
+
+
+def drop(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # a read-only disk, which the caller is about to report
+        pass
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable: a renamed file is on the disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(path: Path, keys: set[str] = MODEL_KEYS) -> dict:
+    """What save_checkpoint wrote, on the CPU. Raises UserError for a file that is damaged or lacks one of the keys.
+
+    torch.load does not look at the archive's checksums; weights_only keeps a foreign file from running code.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, pickle and torch each have their own
+        what = str(error).partition("\n")[0]
+        raise UserError(f"{path} is not a readable checkpoint: {type(error).__name__}: {what}") from error
+    if missing := keys - (state.keys() if isinstance(state, dict) else set()):
+        raise UserError(f"{path} is no checkpoint of this program: it has no {', '.join(sorted(missing))}")
+    return state
+
+
+def find_checkpoint(out_dir: Path) -> dict | None:
+    """last.pt, or prev.pt where that is missing or damaged (which is said); None if there is neither.
+
+    A damaged last.pt is set aside as last.damaged: the next save would make it prev.pt, over the one that is whole.
+    """
+    last, prev = out_dir / "last.pt", out_dir / "prev.pt"
+    if last.exists() and prev.exists():
+        try:
+            return load_checkpoint(last, RUN_KEYS)
+        except UserError as error:
+            print(f"{error}; trying the checkpoint before it", file=sys.stderr)
+            state = load_checkpoint(prev, RUN_KEYS)
+            try:
+                last.replace(last.with_suffix(".damaged"))
+            except OSError as refused:
+                raise UserError(f"cannot set {last} aside: {refused.strerror}") from refused
+            return state
+    return next((load_checkpoint(path, RUN_KEYS) for path in (last, prev) if path.exists()), None)
+
+
+def check_same_run(config: Config, state: dict) -> None:
+    """Raises UserError with the keys that differ between this configuration and the checkpoint's."""
+    old, new = state["config"], dataclasses.asdict(config)
+    changes = [key for key in new if key not in MAY_CHANGE and old.get(key) != new[key]]
+    if changes:
+        listed = ", ".join(f"{key} was {old.get(key)!r} and is {new[key]!r}" for key in changes)
+        raise UserError(f"the checkpoint in {config.out_dir} is of another run: {listed}")
+
+
+def lock(file: io.FileIO) -> None:
+    """Keeps a second run out of the folder: each would overwrite the other's checkpoints. A kill frees the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing {file.name}") from error
+    except OSError:  # some network file systems have no locks
+        pass
+
+
+class Log:
+    """log.jsonl, one JSON object a line, written out as it comes.
+
+    Opened at a step, it forgets what a killed run logged after it. The evaluation at that very step, which comes after
+    the checkpoint, is kept if keep_eval: if it was made under the same configuration. What a full disk does not take
+    is written later. Raises UserError if it cannot be written at the start, or if another run is writing it.
+    """
+
+    def __init__(self, path: Path, step: int, keep_eval: bool):
+        self.path, self.records, self.failed = path, [], False
+        temporary = path.with_suffix(".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab+") as old:
+                lock(old)
+                old.seek(0)
+                for line in old.read().splitlines():
+                    try:
+                        record = json.loads(line)
+                    except ValueError:
+                        continue  # cut off in the middle by a kill
+                    if record["step"] < step or (record["step"] == step and (record["event"] != "eval" or keep_eval)):
+                        self.records.append(record)
+                self.unwritten = b"".join(json.dumps(record).encode() + b"\n" for record in self.records)
+                self.file = open(temporary, "wb", buffering=0)
+                lock(self.file)
+                self.write_out(durably=True)
+                temporary.replace(path)
+            sync_folder(path.parent)
+        except OSError as error:
+            drop(temporary)
+            raise UserError(f"cannot write in out_dir {path.parent}: {error.strerror}") from error
+
+    def evaluations(self) -> list[dict]:
+        return [record for record in self.records if record["event"] == "eval"]
+
+    def write(self, record: dict) -> None:
+        self.records.append(record)
+        self.unwritten += json.dumps(record).encode() + b"\n"
+        self.flush()
+
+    def flush(self, durably: bool = False) -> None:
+        """Writes what is not written yet. That it fails is said once; the records stay for the next flush."""
+        try:
+            self.write_out(durably)
+            self.failed = False
+        except OSError as error:
+            if not self.failed:
+                print(f"{self.path} cannot be written: {error.strerror}; it is tried again", file=sys.stderr)
+            self.failed = True
+
+    def write_out(self, durably: bool) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]  # a full disk may take a part
+        if durably:
+            os.fsync(self.file.fileno())
+
+
+def open_run(config: Config) -> tuple[dict | None, Log]:
+    """The checkpoint that the run goes on from, with `kept_eval`, the evaluation after it if that is in the log (None
+    for a new run), and its log. Raises UserError if out_dir holds another run, or one that resume does not ask for."""
+    out_dir = Path(config.out_dir)
+    used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if (out_dir / name).exists()]
+    if used and not config.resume:
+        raise UserError(f"{out_dir} holds a run ({', '.join(used)}): give --resume=True or another --out_dir")
+    state = find_checkpoint(out_dir)
+    if not state:
+        return None, Log(out_dir / "log.jsonl", 0, keep_eval=False)
+    check_same_run(config, state)
+    same = state["config"] | {"resume": True} == dataclasses.asdict(config)
+    log = Log(out_dir / "log.jsonl", state["step"], keep_eval=same)
+    kept = [record for record in log.evaluations() if record["step"] == state["step"]]
+    return state | {"kept_eval": kept[0] if kept else None}, log

@@ -1,0 +1,138 @@
+"""One run on several processes: what torchrun's processes share, and how they agree.
+
+    torchrun --nproc_per_node=N train.py CONFIG.py ...
+
+Every process holds the whole model and its optimizers. A step's batch is the one that a single process would draw;
+each takes its share, and one all-reduce adds up the gradients, the loss and the processes' flags. So all apply the
+same update, and whatever ends a run ends it on all of them at the same step. Process 0 alone reads and writes out_dir.
+"""
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from config import UserError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Processes:
+    """This process among the `count` of its run, as number `rank`; by default the only one."""
+
+    def __init__(self, rank: int = 0, count: int = 1):
+        self.rank, self.count = rank, count
+        self.seen = []  # stop signals that came to this process
+        self.stop = 0  # the one that all agreed to stop for
+
+    def watch_signals(self) -> None:
+        """From now on Ctrl-C and SIGTERM are noted. A second one kills, but not under torchrun, which repeats them."""
+
+        def note(number: int, frame: object) -> None:
+            self.seen.append(number)
+            if "RANK" not in os.environ:
+                signal.signal(number, signal.SIG_DFL)
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, note)
+
+    def share(self, windows: np.ndarray) -> np.ndarray:
+        """This process's part of a batch, or of the numbers of windows; with fewer windows than processes, none."""
+        return np.array_split(windows, self.count)[self.rank]
+
+    def flags(self, out_of_memory: bool) -> list[float]:
+        """What this process has to tell the others; their sum is for `heed`."""
+        return [float(number in self.seen) for number in STOP_SIGNALS] + [float(out_of_memory)]
+
+    def heed(self, flags: list[float]) -> bool:
+        """Notes a stop signal that any process saw. Returns whether one of them is out of memory."""
+        self.stop = next((number for number, count in zip(STOP_SIGNALS, flags) if count), self.stop)
+        return flags[-1] > 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The sums over all processes, in float64."""
+        if self.count == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_gradients(self, model: nn.Module, loss: Tensor, flags: list[float]) -> Tensor:
+        """(loss, *flags) summed over all processes, and with them, in one all-reduce, the gradients of the model."""
+        # Filled by a kernel each: a tensor of values from the host would wait for the GPU.
+        values = torch.stack([loss, *(loss.new_full((), flag) for flag in flags)])
+        if self.count == 1:
+            return values
+        weights = list(model.parameters())
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]  # none without a window
+        flat = torch.cat([*(grad.flatten() for grad in grads), values])
+        dist.all_reduce(flat)
+        *grads, values = flat.split([*(weight.numel() for weight in weights), len(values)])
+        for weight, grad in zip(weights, grads):
+            weight.grad = grad.view_as(weight)
+        return values
+
+    def broadcast(self, state: object) -> object:
+        """Process 0's state on all: others may be on machines that see its files late or not at all.
+
+        As the bytes of torch.save, because torch.distributed's own way to send objects unpickles whatever it gets.
+        """
+        if self.count == 1:
+            return state
+        buffer = io.BytesIO()
+        if self.rank == 0:
+            torch.save(state, buffer)
+        size = torch.tensor(buffer.getbuffer().nbytes)
+        dist.broadcast(size, 0)
+        if self.rank == 0:
+            dist.broadcast(torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8), 0)
+            return state
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, 0)
+        return torch.load(io.BytesIO(data.numpy()), weights_only=True)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what may fail on one process and not on another: a UserError of any ends all, and one says it."""
+        mine = None
+        try:
+            yield
+        except UserError as error:
+            mine = error
+        first = torch.tensor(self.rank if mine else self.count)
+        if self.count > 1:
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+        if first < self.count:
+            raise mine if first == self.rank else SystemExit(2)
+
+    def error(self, message: str) -> Exception:
+        """To be raised by all at the same place: process 0 says the message, and all exit with status 2."""
+        return UserError(message) if self.rank == 0 else SystemExit(2)
+
+    def wait(self) -> None:
+        """Until all are here: torchrun ends all processes when one exits with a status that is not 0."""
+        if self.count > 1:
+            dist.all_reduce(torch.zeros(1))
+
+
+@contextmanager
+def join_processes() -> Iterator[Processes]:
+    """The processes that torchrun started, or this one alone. What the others print on stdout is nobody's."""
+    count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if count == 1:
+        yield Processes()
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if rank != 0:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield Processes(rank, count)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,363 @@
+"""Full disks, damaged and hostile files, numbers that are not finite, too little memory: what a run does about each."""
+
+import ctypes
+import json
+import math
+import os
+import pickle
+import resource
+import stat
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, assert_same_run, read_log
+
+import train
+from checkpoint import Log, load_checkpoint, save_checkpoint
+from config import Config, UserError
+from model import GPT, GPTConfig
+
+TABLE = ((0, 16, 8, 1.0), (6, 32, 4, 0.5))
+KEYS = SMALL | {"stages": TABLE, "max_steps": 12, "eval_interval": 100, "checkpoint_interval": 3, "eval_tokens": 256}
+
+
+@pytest.fixture
+def program(small_dir, run_program, tmp_path):
+    """Runs train.py on KEYS in out_dir, resuming, with more arguments."""
+    path = tmp_path / "faults.py"
+    path.write_text("".join(f"{key} = {value!r}\n" for key, value in KEYS.items()))
+
+    def run(out_dir, *arguments: str, **kwargs: object):
+        return run_program("train.py", path, f"--data_dir={small_dir}", f"--out_dir={out_dir}", "--resume=True",
+                           *arguments, **kwargs)  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_dir, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("unbroken")
+    assert train.train(run_config(small_dir, out_dir)) == 0
+    return out_dir
+
+
+def run_config(small_dir, out_dir, **keys) -> Config:
+    return Config(**KEYS | {"data_dir": str(small_dir), "out_dir": str(out_dir), "resume": True} | keys)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Disks
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_is_finished_once_there_is_room(unbroken, program, tmp_path):
+    """A size limit that the log keeps and a checkpoint does not: each save fails in the middle of its file."""
+    out_dir = tmp_path / "full"
+    assert program(out_dir, "--max_steps=5").returncode == 0
+    before = (out_dir / "last.pt").read_bytes()
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    done = program(out_dir, preexec_fn=limit)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert any("step 6: " in line and "last.pt cannot be written: File too large" in line for line in lines)
+    assert "--resume=True makes it again" in lines[-1] and not any("Traceback" in line for line in lines)
+    assert (out_dir / "last.pt").read_bytes() == before and not (out_dir / "last.tmp").exists()
+    assert read_log(out_dir)[-1]["step"] == 12  # it went on
+    assert program(out_dir).returncode == 0
+    assert_same_run(out_dir, unbroken)
+
+
+def test_a_folder_that_becomes_read_only_stops_nothing_and_one_that_is_is_refused(unbroken, program, tmp_path):
+    out_dir = tmp_path / "read-only"
+    assert program(out_dir, "--max_steps=5").returncode == 0
+    before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
+    out_dir.chmod(stat.S_IRUSR | stat.S_IXUSR)
+
+    def as_an_ordinary_user() -> None:
+        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: root minds permissions, too
+
+    done = program(out_dir, preexec_fn=as_an_ordinary_user)
+    out_dir.chmod(stat.S_IRWXU)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "cannot write in out_dir" in done.stderr
+    assert {path.name: path.read_bytes() for path in out_dir.iterdir()} == before
+    assert program(out_dir).returncode == 0
+    assert_same_run(out_dir, unbroken)
+
+
+def test_a_log_keeps_what_a_full_disk_does_not_take_and_writes_it_later(tmp_path, capsys):
+    records = [{"event": "train", "step": step} for step in range(1, 6)]
+    log = Log(tmp_path / "log.jsonl", 0, keep_eval=False)
+    log.write(records[0])
+    disk = log.file
+    log.file = open("/dev/full", "wb", buffering=0)  # the kernel's own ENOSPC
+    log.write(records[1])
+    log.write(records[2])
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert read_log(tmp_path) == records[:1]
+    log.file = disk
+    log.write(records[3])
+    assert read_log(tmp_path) == records[:4]
+    # What a kill cut off, and what came after the checkpoint, is forgotten.
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write(json.dumps(records[4]) + '\n{"event": "train", "st')
+    log.file.close()
+    assert Log(tmp_path / "log.jsonl", 3, keep_eval=False).records == records[:3] == read_log(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "empty", "missing"])
+def test_a_damaged_last_checkpoint_is_named_and_never_replaces_the_one_before(fault, unbroken, program, tmp_path):
+    out_dir = tmp_path / "damaged"
+    assert program(out_dir, "--max_steps=5").returncode == 0
+    last, data = out_dir / "last.pt", bytearray((out_dir / "last.pt").read_bytes())
+    data[len(data) // 3] ^= 4
+    whole = {"flipped": bytes(data), "truncated": bytes(data[: len(data) // 2]), "empty": b""}
+    last.unlink() if fault == "missing" else last.write_bytes(whole[fault])
+    done = program(out_dir, "--max_steps=7")
+    assert done.returncode == 0 and "going on from step 3" in done.stdout
+    assert ("last.pt is" in done.stderr) == (fault != "missing")
+    assert (out_dir / "last.damaged").exists() == (fault != "missing")
+    # Two saves followed, at steps 6 and 7; the first of them did not turn the damaged file into prev.pt.
+    assert [load_checkpoint(out_dir / name)["step"] for name in ("prev.pt", "last.pt")] == [6, 7]
+    assert program(out_dir).returncode == 0
+    assert weights(out_dir / "last.pt") == weights(unbroken / "last.pt")
+
+
+def weights(path) -> dict:
+    return {name: weight.numpy().tobytes() for name, weight in torch.load(path, weights_only=True)["model"].items()}
+
+
+def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path):
+    path = tmp_path / "last.pt"
+    state = {"config": {}, "step": 3, "model": {"weight": torch.arange(300.0)}}
+    save_checkpoint(path, state)
+    data = path.read_bytes()
+    chance = np.random.default_rng(0)
+    for place in chance.integers(len(data), size=300):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << chance.integers(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(path)
+        except UserError as error:
+            assert str(path) in str(error)
+        else:  # a bit of the archive's padding, names or dates, which carry nothing
+            assert loaded["step"] == 3 and torch.equal(loaded["model"]["weight"], state["model"]["weight"])
+    for place in chance.integers(len(data), size=100):
+        path.write_bytes(data[:place])
+        with pytest.raises(UserError, match="last.pt"):
+            load_checkpoint(path)
+
+
+class Attack:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("form", ["archive", "legacy", "pickle"])
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(name, form, program, run_program, tmp_path):
+    out_dir, target = tmp_path / "hostile", tmp_path / "attacked"
+    out_dir.mkdir()
+    state = {"config": {}, "step": 1, "model": Attack(target)}
+    if form == "pickle":
+        (out_dir / name).write_bytes(pickle.dumps(state))
+    else:
+        torch.save(state, out_dir / name, _use_new_zipfile_serialization=form == "archive")
+    assert zipfile.is_zipfile(out_dir / name) == (form == "archive")
+    done = program(out_dir) if name == "last.pt" else run_program("sample.py", f"--out_dir={out_dir}")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr
+    assert not target.exists()
+    if form == "archive":  # the attack is real: the unsafe way of loading falls for it
+        torch.load(out_dir / name, weights_only=False)
+        assert target.exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def small_step(scaler=None, **keys):
+    """A model, its optimizers and a function that makes one step with them."""
+    config = Config(**SMALL | keys, stages=TABLE)
+    model = GPT(GPTConfig(1, 2, 32), 64)
+    model.init_weights(0)
+    optimizers = train.make_optimizers(model, config)
+    windows = np.random.default_rng(0).integers(50257, size=(4, 65))
+
+    def step(loss_of=model.loss):
+        return train.train_step(loss_of, model, optimizers, windows, 0.01, config, scaler)
+
+    return model, optimizers, step
+
+
+def frozen(model, optimizers) -> bytes:
+    state = [model.state_dict(), [optimizer.state_dict()["state"] for optimizer in optimizers]]
+    return pickle.dumps(torch.utils._pytree.tree_map(lambda x: x.numpy().tobytes(), state))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(optimizer, bad):
+    model, optimizers, step = small_step(optimizer=optimizer)
+    step()
+    before = frozen(model, optimizers)
+    loss, norm = step(lambda windows: model.loss(windows) * bad)
+    assert not math.isfinite(loss) and frozen(model, optimizers) == before
+    # The loss is finite, its gradient is not.
+    loss, norm = step(lambda windows: model.loss(windows) + torch.sqrt(model.norm.weight.sum() * 0))
+    assert math.isfinite(loss) and not math.isfinite(norm) and frozen(model, optimizers) == before
+    step()
+    assert frozen(model, optimizers) != before
+
+
+def poison(monkeypatch, bad_calls) -> None:
+    """The losses of these calls of the training function, counted from 1, become NaN."""
+    set_up = train.set_up
+
+    def poisoned(*args):
+        model, optimizers, loss_of, score_of = set_up(*args)
+        calls = iter(range(1, 10_000))
+        return model, optimizers, lambda w: loss_of(w) * (math.nan if next(calls) in bad_calls else 1), score_of
+
+    monkeypatch.setattr(train, "set_up", poisoned)
+
+
+def test_skipped_steps_are_logged_and_a_few_do_not_end_the_run(monkeypatch, tmp_path, small_dir):
+    poison(monkeypatch, {4, 8, 9})
+    assert train.train(run_config(small_dir, tmp_path)) == 0
+    records = read_log(tmp_path)
+    skips = [(r["step"], r["in_a_row"]) for r in records if r["event"] == "skip"]
+    assert skips == [(4, 1), (8, 1), (9, 2)]
+    assert [r["step"] for r in records if r["event"] != "eval"] == list(range(1, 13))
+
+
+def test_steps_skipped_in_a_row_stop_the_run_and_keep_the_checkpoint_before_them(monkeypatch, tmp_path, small_dir):
+    poison(monkeypatch, range(8, 100))
+    with pytest.raises(UserError, match=r"10 steps in a row .* step 17 at learning rate 0.005; .* last.pt of step 6"):
+        train.train(run_config(small_dir, tmp_path, max_steps=30))
+    # Those at 9, 12 and 15 would have been of weights without a loss.
+    assert [load_checkpoint(tmp_path / name)["step"] for name in ("prev.pt", "last.pt")] == [3, 6]
+
+
+def test_a_learning_rate_that_is_far_too_large_is_one_line_and_status_2(program, tmp_path):
+    done = program(tmp_path / "run", "--learning_rate=1e30", "--max_steps=30")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "learning rate 5e+29" in line and "step 11" in line
+    kept = weights(tmp_path / "run" / "last.pt").values()
+    assert all(np.isfinite(np.frombuffer(weight, np.float32)).all() for weight in kept)
+
+
+def test_float16_s_gradients_are_those_of_float32_and_an_overflow_halves_the_scale():
+    grads = {}
+    for dtype in (torch.float32, torch.float16):
+        scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+        model, optimizers, step = small_step(scaler=scaler, optimizer="adamw", grad_clip=0.0)
+        optimizers[0].step = lambda: grads.update({dtype: [w.grad.clone() for w in model.parameters()]})  # noqa: B023
+        loss, norm = step(torch.autocast("cpu", dtype, enabled=dtype == torch.float16)(model.loss))
+        assert math.isfinite(loss)
+    for half, single in zip(grads[torch.float16], grads[torch.float32]):
+        assert torch.nn.functional.cosine_similarity(half.flatten(), single.flatten(), dim=0) > 0.999
+        assert half.norm() == pytest.approx(single.norm().item(), rel=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    model, optimizers, step = small_step(scaler=scaler)
+    before = frozen(model, optimizers)
+    loss, norm = step(torch.autocast("cpu", torch.float16)(model.loss))
+    assert math.isfinite(loss) and not math.isfinite(norm) and scaler.get_scale() == 2.0**39
+    assert frozen(model, optimizers) == before
+
+
+def test_a_float16_run_finds_its_scale_and_goes_on_with_it(program, tmp_path):
+    """Both runs start from the same checkpoint, whose scale is far too large; one of them is broken off at step 8."""
+    for name in ("unbroken", "resumed"):
+        assert program(tmp_path / name, "--dtype=float16", "--max_steps=2").returncode == 0
+        state = load_checkpoint(tmp_path / name / "last.pt")
+        assert state["scaler"]["scale"] == 2.0**16
+        state["scaler"]["scale"] = 2.0**26
+        save_checkpoint(tmp_path / name / "last.pt", state)
+    for max_steps in (8, 12):
+        assert program(tmp_path / "resumed", "--dtype=float16", f"--max_steps={max_steps}").returncode == 0
+    assert program(tmp_path / "unbroken", "--dtype=float16").returncode == 0
+    assert_same_run(tmp_path / "resumed", tmp_path / "unbroken")
+    scales = [load_checkpoint(tmp_path / name / "last.pt")["scaler"] for name in ("resumed", "unbroken")]
+    skips = sum(record["event"] == "skip" for record in read_log(tmp_path / "unbroken"))
+    assert scales[0] == scales[1] and 1 <= skips < 10 and scales[0]["scale"] == 2.0 ** (26 - skips)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_too_little_memory_is_one_line_with_the_micro_batch_to_try_and_that_one_fits(program, tmp_path):
+    """In an address space that the logits of 1,024 tokens fit into, and those of 8,192 do not."""
+    table = ["--stages=[(0,64,128,1.0)]", "--max_steps=1"]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (3_500_000_000, 3_500_000_000))
+
+    done = program(tmp_path / "run", *table, "--micro_batch_tokens=8192", preexec_fn=limit)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: out of memory: 128 windows of 64") and "--micro_batch_tokens=4096" in line
+    done = program(tmp_path / "run", *table, "--micro_batch_tokens=1024", preexec_fn=limit)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_gpu_s_lack_of_memory_is_said_the_same_way_and_other_errors_are_not_taken_for_it():
+    def lack(windows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB")
+
+    def other(windows):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    _, _, step = small_step()
+    with pytest.raises(UserError, match=r"out of memory: 4 windows of 64 .* --micro_batch_tokens=128$"):
+        step(lack)
+    with pytest.raises(RuntimeError, match="mat1"):
+        step(other)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Early stopping
+
+# Validation losses at the evaluations of a run with patience 3: at (seq_len, loss) each.
+SPIKE = [(16, 5.0), (16, 4.0), (16, 4.1), (16, 4.2), (32, 9.0), (32, 8.9), (32, 8.8), (32, 8.7), (32, 8.6)]
+CURVES = {
+    "spike at a stage change": (SPIKE, None, 8),
+    "plateau that ends": ([(16, 5.0), (16, 5.0), (16, 5.1), (16, 5.0), (16, 4.9), *[(32, 5.0)] * 4], None, 5),
+    "true plateau": ([(16, 6.0), (16, 5.0), *[(16, 5.0)] * 4, (16, 1.0), (16, 1.0), (16, 1.0)], 5, 1),
+    "plateau across stages of one length": ([(16, 6.0), *[(16, 5.0)] * 4, *[(16, 5.5)] * 4], 5, 1),
+}
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_early_stopping_on_made_up_curves(curve, monkeypatch, tmp_path, small_dir):
+    """One evaluation a step: losses[s] after s steps; it stops after step `end` or not at all; best.pt is of `best`."""
+    losses, end, best = CURVES[curve]
+    val = iter(losses)
+
+    def made_up(score_of, split, seq_len, n, token_bytes, config, team):
+        calls.append(seq_len)
+        if len(calls) % 3 == 1:  # validation; training and the last length follow
+            expected, made_up.loss = next(val)
+            assert seq_len == expected
+        return train.Score(made_up.loss, 0.0, 0.0)
+
+    calls = []
+    monkeypatch.setattr(train, "score_windows", made_up)
+    rows = ((0, 16, 2, 1.0), (3, 16, 2, 0.5))
+    change = next((step for step, (length, _) in enumerate(losses) if length == 32), None)
+    if change:  # the evaluation that closes a stage is at its own length
+        rows = ((0, 16, 2, 1.0), (change - 1, 32, 2, 1.0))
+    train.train(run_config(small_dir, tmp_path, stages=rows, max_steps=8, eval_interval=1, patience=3))
+    evals = [record for record in read_log(tmp_path) if record["event"] == "eval"]
+    assert evals[-1]["step"] == (end or 8)
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == best
