@@ -92,12 +92,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.norm_eps)
         self.k_norm = RMSNorm(D, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, T, C) seen by itself, or by all of past: keys and values (B, H, T', D) that x is the last T of."""
         B, T, C = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if past is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            keys, values = past
+            keys[:, :, -T:], values[:, :, -T:] = k, v
+            with torch.autocast(x.device.type, enabled=False):  # it would convert all of the past for each token
+                y = F.scaled_dot_product_attention(q, keys, values, is_causal=T == keys.shape[2])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -122,9 +129,22 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), cos, sin, past)
         return x + self.mlp(self.mlp_norm(x))
+
+
+class Cache:
+    """Every layer's keys and values of the `length` tokens seen so far, so that the next one costs only itself.
+
+    In float32 whatever the type of the matrix products: nothing is rounded on the way, and a CPU is faster at the
+    attention of a single query in float32 than in bfloat16.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_seq_len: int, device: torch.device):
+        shape = (config.n_layer, batch_size, config.n_head, max_seq_len, config.head_dim)
+        self.keys, self.values = torch.empty(shape, device=device), torch.empty(shape, device=device)
+        self.length = 0
 
 
 class GPT(nn.Module):
@@ -166,6 +186,20 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
         return F.linear(self.norm(x), self.embed.weight)
+
+    @torch.no_grad()
+    def extend(self, cache: Cache, tokens: Tensor) -> Tensor:
+        """Logits (B, V) of the token that follows tokens (B, T), which follow those in the cache and join them.
+
+        T is 1 unless the cache is empty: several further tokens would see each other's future.
+        """
+        start, end = cache.length, cache.length + tokens.shape[1]
+        assert start == 0 or end == start + 1
+        x = self.embed(tokens).float()
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values):
+            x = block(x, self.cos[start:end], self.sin[start:end], (keys[:, :, :end], values[:, :, :end]))
+        cache.length = end
+        return F.linear(self.norm(x[:, -1]), self.embed.weight)
 
     def loss(self, windows: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over the B * T targets of windows (B, T + 1)."""

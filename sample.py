@@ -1,85 +1,168 @@
 """Text from a trained model.
 
-    python sample.py --out_dir=out/demo --prompt="The history of" [--max_new_tokens=200] [--temperature=0.8] ...
+    python sample.py --out_dir=out/demo --prompt="The history of" [--samples=3] [--temperature=0.8] [--key=value ...]
+    python sample.py --out_dir=out/demo --prompt_file=- < beginning.txt
 
-The model is out_dir/best.pt. The prompt begins an article, as in training; without one the model begins its own.
+    prompt -> tokens -> extend: the prompt at once, then a token at a time -> draw -> characters, once they are whole
+
+The model is out_dir/best.pt. The prompt begins an article, as in training; without one the model begins its own. A text
+ends with its article, after max_new_tokens, or at the longest window that the model was trained on.
 """
 
+import codecs
+import math
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+from tiktoken import Encoding
+from torch import Tensor
 
 from checkpoint import load_checkpoint
 from config import CommandLine, UserError, user_errors
-from model import GPT, GPTConfig
-from prepare_wiki import ENDOFTEXT, VOCAB_SIZE, gpt2_encoding
-from train import pick_device
+from curriculum import Curriculum
+from model import GPT, Cache, GPTConfig
+from packages import gpt2_encoding
+from prepare_wiki import ENDOFTEXT, VOCAB_SIZE
+from train import pick_device, pick_dtype
+
+TEMPERATURE, TOP_K = 0.8, 200  # unless asked otherwise; chosen
 
 
-def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
-    """The model of a checkpoint, and the configuration it was trained with. Raises UserError if there is none."""
+def load_model(path: Path) -> tuple[GPT, dict]:
+    """The model of a checkpoint and all that is in it. Raises UserError if there is none.
+
+    The model's max_seq_len is the longest window it was trained on: stages that the run had not reached do not count.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist: train a model first, or give its --out_dir")
     state = load_checkpoint(path)
     config = state["config"]
-    max_len = max(seq_len for _, seq_len, _, _ in config["stages"])
-    model = GPT(GPTConfig(config["n_layer"], config["n_head"], config["n_embd"]), max_len)
+    trained = Curriculum(config["stages"], max(1, state["step"])).stages
+    model = GPT(GPTConfig(config["n_layer"], config["n_head"], config["n_embd"]), max(s.seq_len for s in trained))
     model.load_state_dict(state["model"])
-    return model.to(device).eval(), config
+    return model.eval(), state
 
 
-def next_probabilities(logits: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
-    """Probabilities (B, V) of the next token from logits (B, V): of the top_k largest (0 for all), no padding ids.
+def hold_in(dtype: torch.dtype, model: GPT) -> torch.autocast:
+    """Converts the matrices, once: autocast, which is returned to compute under, would do it for every token."""
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            weight.data = weight.data.to(dtype)
+    return torch.autocast(model.embed.weight.device.type, dtype, enabled=dtype != torch.float32)
 
-    Temperature 0 leaves the largest alone.
+
+def next_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Tokens and their weights, both (B, K), likeliest first, from logits (B, V); ids that pad V are left out.
+
+    The top_k largest (0 for all), and of these the fewest whose probabilities sum to top_p (nucleus sampling, Holtzman
+    et al. 2020); the others weigh nothing, and the weights then sum to less than one.
     """
-    logits = logits.float()
-    logits[:, VOCAB_SIZE:] = -torch.inf  # ids that pad the vocabulary stand for nothing
+    values, tokens = logits[:, :VOCAB_SIZE].double().topk(min(top_k, VOCAB_SIZE) or VOCAB_SIZE)
+    weights = torch.softmax(values / temperature, dim=-1)
+    if top_p < 1:
+        weights[weights.cumsum(-1) - weights >= top_p] = 0
+    return tokens, weights
+
+
+def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+    """The next tokens (B,), on the CPU; at temperature 0 the likeliest."""
     if temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    if top_k:
-        smallest = logits.topk(min(top_k, VOCAB_SIZE)).values[:, -1:]
-        logits[logits < smallest] = -torch.inf
-    return torch.softmax(logits / temperature, dim=-1)
+        return logits[:, :VOCAB_SIZE].argmax(-1).cpu()
+    tokens, weights = next_probabilities(logits, temperature, top_k, top_p)
+    return tokens.cpu().gather(-1, torch.multinomial(weights.cpu(), 1, generator=generator)).squeeze(-1)
 
 
-@torch.no_grad()
-def generate(
-    model: GPT, tokens: list[int], n: int, temperature: float, top_k: int, generator: torch.Generator
-) -> list[int]:
-    """Up to n tokens that follow `tokens`: fewer where the article ends or the longest trained window is full."""
-    device = model.embed.weight.device
-    made = []
-    while len(made) < n and len(tokens) + len(made) < model.max_seq_len:
-        logits = model(torch.tensor([tokens + made], device=device))[:, -1]
-        probabilities = next_probabilities(logits, temperature, top_k).cpu()
-        token = int(torch.multinomial(probabilities, 1, generator=generator))
-        if token == ENDOFTEXT:
+def generate(model: GPT, prompt: list[int], n: int, samples: int, choose: Callable[[Tensor], Tensor]) -> Iterator[list]:
+    """Up to n times the next token of each of the samples, which choose takes from logits (B, V).
+
+    A sample that has come to ENDOFTEXT stays there. Stops when all have, or when the longest trained window is full.
+    """
+    cache = Cache(model.config, samples, model.max_seq_len, model.embed.weight.device)
+    tokens, ended = torch.tensor([prompt] * samples), torch.zeros(samples, dtype=torch.bool)
+    for _ in range(min(n, model.max_seq_len - len(prompt))):
+        chosen = choose(model.extend(cache, tokens.to(cache.keys.device))).masked_fill(ended, ENDOFTEXT)
+        yield chosen.tolist()
+        ended = chosen == ENDOFTEXT
+        if ended.all():
             break
-        made.append(token)
-    return made
+        tokens = chosen[:, None]
+
+
+class InOrder:
+    """Several texts that are made together, in the order to show them.
+
+    The first is shown as it is made; each other one once those before it have ended, and from then on as it is made.
+    Bytes that are part of a character wait for the rest of it.
+    """
+
+    def __init__(self, beginnings: list[str], encoding: Encoding):
+        self.waiting, self.current, self.encoding = beginnings, 0, encoding
+        self.decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in beginnings]
+
+    def add(self, tokens: list[int]) -> str:
+        """Takes the next token of each text, ENDOFTEXT where it has ended, and gives what is to be shown now."""
+        for i, token in enumerate(tokens):
+            content = b"" if token == ENDOFTEXT else self.encoding.decode_single_token_bytes(token)
+            self.waiting[i] += self.decoders[i].decode(content, final=token == ENDOFTEXT)
+        ready = ""
+        while self.current < len(tokens):
+            ready, self.waiting[self.current] = ready + self.waiting[self.current], ""
+            if tokens[self.current] != ENDOFTEXT:
+                break
+            self.current += 1
+        return ready
+
+
+def read_prompt(prompt: str, file: str | None) -> str:
+    """The prompt, or what the file (- for standard input) holds, without the newline that ends its last line."""
+    try:
+        if file is None:
+            return prompt.encode().decode()  # fails where the command line was not UTF-8
+        return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode().removesuffix("\n")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read the prompt: {error}") from error
 
 
 def main() -> None:
     parser = CommandLine(description="Text from out_dir/best.pt.")
-    parser.add_argument("--out_dir", default="out/run", help="of the training run")
-    parser.add_argument("--prompt", default="", help="how the article begins")
+    parser.add_argument("--out_dir", type=Path, default="out/run", help="of the training run")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", help="how the article begins")
+    prompt.add_argument("--prompt_file", help="a file that holds the prompt; - for standard input")
+    parser.add_argument("--samples", type=int, default=1, help="how many texts, made together and shown in order")
     parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 prefers what is likely; 0 is greedy")
-    parser.add_argument("--top_k", type=int, default=200, help="draw from so many of the likeliest tokens; 0 for all")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="0 always takes the likeliest")
+    parser.add_argument("--top_k", type=int, default=TOP_K, help="draw from so many of the likeliest tokens; 0 for all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="and from the likeliest that sum to this probability")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", help="bfloat16 or float32; auto takes bfloat16 where it is fast")
     args = parser.parse_args()
-    if args.temperature < 0 or args.top_k < 0 or args.max_new_tokens < 1:
-        raise UserError("--temperature and --top_k must not be negative, --max_new_tokens at least 1")
-    model, _ = load_model(Path(args.out_dir) / "best.pt", pick_device(args.device))
-    encoding = gpt2_encoding()
-    prompt = [ENDOFTEXT, *encoding.encode_ordinary(args.prompt)]
-    if len(prompt) >= model.max_seq_len:
-        raise UserError(f"the prompt has {len(prompt)} tokens; the model was trained on windows of {model.max_seq_len}")
-    generator = torch.Generator().manual_seed(args.seed)
-    made = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, generator)
-    print(args.prompt + encoding.decode(made))
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0:
+        raise UserError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1")
+    if args.max_new_tokens < 1 or args.samples < 1 or not 0 <= args.seed < 2**63:
+        raise UserError("--max_new_tokens and --samples must be at least 1, --seed not negative")
+    text, encoding, device = read_prompt(args.prompt, args.prompt_file), gpt2_encoding(), pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    model, _ = load_model(args.out_dir / "best.pt")
+    tokens = [ENDOFTEXT, *encoding.encode_ordinary(text)]
+    room = model.max_seq_len - len(tokens)
+    if room < 1:
+        raise UserError(f"the prompt has {len(tokens)} tokens; the model was trained on windows of {model.max_seq_len}")
+    choose = partial(draw, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                     generator=torch.Generator().manual_seed(args.seed))  # fmt: skip
+    texts = InOrder(["", *[f"\n\n--- {number} ---\n\n{text}" for number in range(2, args.samples + 1)]], encoding)
+    chosen = []
+    print(text, end="", flush=True)
+    with hold_in(dtype, model.to(device)):
+        for chosen in generate(model, tokens, args.max_new_tokens, args.samples, choose):
+            print(texts.add(chosen), end="", flush=True)
+    print(texts.add([ENDOFTEXT] * args.samples))
+    if room < args.max_new_tokens and any(token != ENDOFTEXT for token in chosen):
+        print(f"stopped at {model.max_seq_len:,} tokens: the model was trained on windows no longer", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -69,16 +69,21 @@ def read_run(out_dir: Path) -> Run:
     return Run(str(out_dir), *(dict(zip(keys, arrays)) for keys, arrays in zip(KEYS.values(), columns)))
 
 
-def model_price(out_dir: Path) -> Callable:
-    """FLOPs to train on a token, by seq_len, of the model in out_dir's checkpoint. Raises UserError without one."""
-    from checkpoint import load_checkpoint  # these two import torch: seconds that only --x=flops is worth
+def run_config(out_dir: Path) -> dict:
+    """The configuration of the run, from a checkpoint in out_dir. Raises UserError if there is none yet."""
+    from checkpoint import load_checkpoint  # imports torch: seconds that only FLOPs and configurations are worth
+
+    for path in (out_dir / "last.pt", out_dir / "best.pt"):
+        if path.exists():
+            return load_checkpoint(path)["config"]
+    raise UserError(f"a run's configuration is in its checkpoint, and {out_dir} has no last.pt or best.pt")
+
+
+def flops_per_token(config: dict) -> Callable:
+    """FLOPs to train on a token, by seq_len, of the model that a configuration describes."""
     from model import GPTConfig
 
-    for path in (out_dir / "best.pt", out_dir / "last.pt"):
-        if path.exists():
-            config = load_checkpoint(path)["config"]
-            return GPTConfig(config["n_layer"], config["n_head"], config["n_embd"]).flops_per_token
-    raise UserError(f"--x=flops takes the model's size from a checkpoint, and {out_dir} has no best.pt or last.pt")
+    return GPTConfig(config["n_layer"], config["n_head"], config["n_embd"]).flops_per_token
 
 
 def x_at(run: Run, steps: np.ndarray, x: str) -> np.ndarray:
@@ -249,7 +254,8 @@ def main() -> None:
     args = parser.parse_args()
     runs = [read_run(out_dir) for out_dir in args.out_dirs]
     if args.x == "flops":
-        runs = [run._replace(flops_per_token=model_price(out_dir)) for run, out_dir in zip(runs, args.out_dirs)]
+        configs = map(run_config, args.out_dirs)
+        runs = [run._replace(flops_per_token=flops_per_token(config)) for run, config in zip(runs, configs)]
     to = args.to or (args.out_dirs[0] if len(runs) == 1 else Path()) / "loss.png"
     draw(runs, args.x, to)
     print(to)

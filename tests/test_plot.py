@@ -83,7 +83,7 @@ def test_positions_are_the_closed_form(tmp_path):
     assert plot.x_at(run, steps, "step").tolist() == steps.tolist()
     assert plot.x_at(run, steps, "time").tolist() == (before + 3 * after).tolist()
     assert plot.x_at(run, steps, "tokens").tolist() == (FIRST * before + SECOND * after).tolist()
-    run = run._replace(flops_per_token=plot.model_price(out_dir))
+    run = run._replace(flops_per_token=plot.flops_per_token(plot.run_config(out_dir)))
     flops = FIRST * flops_per_token(64) * before + SECOND * flops_per_token(128) * after
     assert plot.x_at(run, steps, "flops") == pytest.approx(flops, rel=1e-12)
 
