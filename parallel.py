@@ -129,6 +129,11 @@ def join_processes() -> Iterator[Processes]:
     if count == 1:
         yield Processes()
         return
+    # torchrun's own store outlives its workers, and those it starts again read their predecessors' addresses in it
+    # (pytorch issue 135712): two of four restarts hung here, and none of eight where each start has its own store.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        raise Processes(rank, count).error("restarts may hang: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every "
+                                           "machine before torchrun --max_restarts")  # fmt: skip
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank != 0:
         sys.stdout = open(os.devnull, "w")
