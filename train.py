@@ -444,7 +444,8 @@ def train(config: Config, team: Processes | None = None) -> int:
     if team.rank == 0:
         log.flush(durably=True)
         if (step != saved_step and not skipped) or log.failed:
-            raise UserError(f"{out_dir} lacks the end of the run: free its disk, and --resume=True makes it again")
+            raise UserError(f"{out_dir} lacks the end of the run, which its disk did not take; with room on it, "
+                            "--resume=True makes it again")  # fmt: skip
         if not team.stop:
             print(eval_table(log.evaluations()))
     if skipped:
