@@ -129,8 +129,8 @@ def join_processes() -> Iterator[Processes]:
     if count == 1:
         yield Processes()
         return
-    # torchrun's own store outlives its workers, and those it starts again read their predecessors' addresses in it
-    # (pytorch issue 135712): two of four restarts hung here, and none of eight where each start has its own store.
+    # torchrun's own store outlives its workers, and those it starts again may read their predecessors' addresses in it
+    # and wait for them (pytorch issue 135712). With the variable each start has a store of its own.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
         raise Processes(rank, count).error("restarts may hang: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every "
                                            "machine before torchrun --max_restarts")  # fmt: skip
