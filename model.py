@@ -157,7 +157,8 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+        # 1 / base ** x as transformers has it, not base ** -x: rounded alike, an export's logits are ours to the bit.
+        frequencies = 1.0 / config.rope_base ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
         angles = torch.arange(max_seq_len)[:, None] * frequencies  # (T, D/2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
