@@ -8,6 +8,7 @@ checkpoints and the log (checkpoint.py). The same command with --resume=True goe
 was, exactly. `torchrun --nproc_per_node=N train.py ...` makes the same run on N processes (parallel.py).
 """
 
+import ctypes
 import dataclasses
 import math
 import os
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +32,6 @@ from model import GPT, GPTConfig
 from parallel import Processes, join_processes
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run: chosen; float16's scale falls to 1/1,024
-
-# Huge pages, where Linux gives them (torch reads this at its first allocation): with small ones, a tenth of a CPU's
-# work was faulting in the memory that every step takes and gives back. 1.2 times as fast with a model of width 256.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # --------------------------------------------------------------------------------------------------------------------
 # One optimizer step
@@ -271,19 +268,42 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def keep_memory() -> None:
+    """Lets this process keep what it has freed, for its next step.
+
+    By itself, glibc gives large blocks back to the kernel, which fills them with zeros, page by page, before the next
+    step gets them again. With the blocks kept a step on a CPU is 1.1 to 1.2 times as fast, small model or large.
+    """
+    with suppress(OSError, AttributeError):  # a C library that is not glibc has its own ways
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is apart from the heap ...
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: ... which never shrinks
+
+
 def set_up(
     config: Config, max_len: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, list[torch.optim.Optimizer], Callable, Callable]:
     """The model with its first weights, its optimizers, and model.loss and model.score under autocast and compiled.
 
-    One graph of each serves the whole table: its sizes are symbols, and sizes that happen to be equal do not become one
-    symbol (with duck shaping, 128 windows of 128 would compile anew). A part of a single window compiles anew, once,
-    and so does one of more than 4,096 tokens where the first had fewer, and the other way round.
+    What is chosen for the device's sake, and why (the GPU's choices are reasoned, not measured):
+
+    shapes          symbols, on both: one graph of each function serves the whole table. Sizes that happen to be equal
+                    do not become one symbol (with duck shaping, 128 windows of 128 would compile anew). A part of a
+                    single window compiles anew, once, and so does one of more than 4,096 tokens where the first had
+                    fewer, and the other way round
+    CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work
+    loss            all logits of a part at once, on both, never in float32: 1.6 GB for 16,384 tokens. F.linear_cross_
+                    entropy takes them in chunks and is 8 times slower on a CPU; on a GPU too small, take smaller parts
+    optimizers      fused AdamW, on both
+    copies          pinned and not waited for, to a GPU (to_device)
+    determinism     on a CPU: without it the compiled gradient of the embedding differs from run to run. It costs
+                    nothing measurable as long as fresh memory is not filled with NaN first
+    memory          on a CPU: kept (keep_memory); for a GPU torch has an allocator of its own
     """
-    # Same inputs, same bits: without this the compiled gradient of the embedding differs from run to run. It costs
-    # nothing measurable on a CPU as long as fresh memory is not filled with NaN first.
     torch.use_deterministic_algorithms(device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
+    if device.type == "cpu":
+        keep_memory()
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU
     torch.fx.experimental._config.use_duck_shape = False
 

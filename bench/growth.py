@@ -30,6 +30,7 @@ def take_turns(args: argparse.Namespace, shapes: list[dict]) -> list[list[float]
         flags = [f"--{key}={known[key]}" for key in ("n_layer", "n_head", "n_embd", "device", "data_dir")]
         players.append(Player("ours", flags, shape["length"], shape["batch"]))
     for player in players:
+        player.read()
         player.turn(args.burst)
     seconds = [[] for _ in players]
     for _ in range(args.rounds):

@@ -7,7 +7,8 @@ For each stage's length: optimizer steps of one batch of real tokens, compiled, 
 own, that take turns of --burst steps, --rounds times, so that a machine that slows down slows them all. (--apart: one
 process at a time, for models of which four do not fit in memory.) nanoGPT's train.py runs unchanged, as it configures
 itself, which is float32 on a CPU; and with its line for autocast changed to bf16. transformers' GPT-2 runs under bf16
-autocast with sdpa and fused AdamW. Ours is train.py's own step with curriculum9's settings.
+autocast with sdpa and fused AdamW. Ours is train.py's own step with curriculum9's settings, Muon among them; and with
+--optimizer=adamw, which is what the others use.
 
 Printed: tokens/s, median and spread over rounds; MFU, as a share of a large bf16 product timed between the turns (on a
 known GPU: of its datasheet's peak); the largest memory each process ever held; the ratio of each round, median, spread.
@@ -47,13 +48,14 @@ def gate(out) -> Callable[[], None]:
     return after_step
 
 
-def run_ours(args: argparse.Namespace, after_step: Callable[[], None]) -> None:
+def run_ours(args: argparse.Namespace, after_step: Callable[[], None], optimizer: str = "muon") -> None:
     import train
     from config import load_config
     from curriculum import Curriculum, open_dataset
 
     config = load_config(["config/curriculum9.py", f"--n_layer={args.n_layer}", f"--n_head={args.n_head}",
-                          f"--n_embd={args.n_embd}", f"--device={args.device}", f"--data_dir={args.data_dir}"])
+                          f"--n_embd={args.n_embd}", f"--device={args.device}", f"--data_dir={args.data_dir}",
+                          f"--optimizer={optimizer}"])  # fmt: skip
     dataset = open_dataset(config.data_dir, Curriculum(config.stages, config.max_steps))
     device = train.pick_device(config.device)
     longest = max(2048, args.length)
@@ -124,10 +126,12 @@ def run_nanogpt(args: argparse.Namespace, after_step: Callable[[], None], bf16: 
 
 PROGRAMS: dict[str, Callable] = {
     "ours": run_ours,
+    "ours, AdamW": lambda args, after_step: run_ours(args, after_step, "adamw"),
     "nanoGPT": lambda args, after_step: run_nanogpt(args, after_step, bf16=False),
     "nanoGPT bf16": lambda args, after_step: run_nanogpt(args, after_step, bf16=True),
     "transformers": run_transformers,
 }
+OURS = [name for name in PROGRAMS if name.startswith("ours")]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -144,19 +148,21 @@ class Player:
         self.name = name
         self.process = subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=None if "--verbose" in flags else subprocess.DEVNULL, text=True)
-        self.first = self.turn(1, told=False)
 
-    def turn(self, steps: int, told: bool = True) -> float:
+    def read(self) -> float:
+        """Seconds of the step that it took; of the first, with its compilation, which nobody has to ask for."""
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended; --verbose shows why")
+        return float(line)
+
+    def turn(self, steps: int) -> float:
         """Seconds per step of so many."""
         seconds = 0.0
         for _ in range(steps):
-            if told:
-                self.process.stdin.write("\n")
-                self.process.stdin.flush()
-            line = self.process.stdout.readline()
-            if not line:
-                raise RuntimeError(f"{self.name} ended; --verbose shows why")
-            seconds += float(line)
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            seconds += self.read()
         return seconds / steps
 
     def end(self) -> float:
@@ -197,18 +203,20 @@ def measure(args: argparse.Namespace, length: int, batch: int) -> list[list[str]
 
     names = [name for name in PROGRAMS if args.nanogpt or "nanoGPT" not in name]
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    first, memory, rates = {}, {}, []
+    memory, rates = {}, []
     if args.apart:
         for _ in range(args.rounds):
             for name in names:
                 player = Player(name, sys.argv[1:], length, batch)
+                player.read()
                 player.turn(args.burst)
                 seconds[name].append(player.turn(args.burst))
                 memory[name] = player.end()
             rates.append(peak_rate(args.device))
     else:
         players = [Player(name, sys.argv[1:], length, batch) for name in names]
-        first = {player.name: player.first for player in players}
+        for player in players:  # all compile at once
+            player.read()
         for player in players:
             player.turn(args.burst)  # the first steps find their memory
         for _ in range(args.rounds):
@@ -219,12 +227,15 @@ def measure(args: argparse.Namespace, length: int, batch: int) -> list[list[str]
     flops = GPTConfig(args.n_layer, args.n_head, args.n_embd).flops_per_token(length) * length * batch
     rows = []
     for name in names:
-        ratios = [other / own for own, other in zip(seconds["ours"], seconds[name])]
-        mfu = spread([flops / s / rate for s, rate in zip(seconds[name], rates)], ".0%") if name == "ours" else ""
-        rows.append([f"{length:,}", f"{batch}", name, spread([length * batch / s for s in seconds[name]], ",.0f"), mfu,
-                     f"{memory[name]:.2f}", "" if name == "ours" else spread(ratios, ".2f"),
-                     "" if name == "ours" else f"{memory['ours'] / memory[name]:.2f}",
-                     f"{first[name]:.0f}" if name in first else ""])
+        row = [f"{length:,}", f"{batch}", name, spread([length * batch / s for s in seconds[name]], ",.0f")]
+        if name in OURS:
+            row += [spread([flops / s / rate for s, rate in zip(seconds[name], rates)], ".0%"), f"{memory[name]:.2f}"]
+            row += ["", "", ""]
+        else:
+            ratios = [[other / own for own, other in zip(seconds[ours], seconds[name])] for ours in OURS]
+            row += ["", f"{memory[name]:.2f}", *(spread(ratio, ".2f") for ratio in ratios)]
+            row += [f"{memory['ours'] / memory[name]:.2f}"]
+        rows.append(row)
     return rows
 
 
@@ -254,7 +265,7 @@ def main() -> None:
     from curriculum import format_table
 
     header = ["\nlength", "\nbatch", "\nprogram", "\ntokens/s", "\nMFU", "peak\nGiB", "ours is\nfaster by",
-              "our\nmemory", "first\nstep s"]
+              "ours, AdamW,\nby", "our\nmemory"]
     rows = []
     for length in args.lengths:
         rows += measure(args, length, max(1, args.tokens // length))
