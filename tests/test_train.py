@@ -17,6 +17,8 @@ import train
 from config import Config
 from curriculum import Curriculum
 from model import GPT, GPTConfig
+from parallel import parts
+from validate import Best
 
 # The demo's shapes, 64 windows of 64 among them: nine stages of a step each.
 SHAPES = ((64, 64), (128, 32), (256, 16), (512, 8), (768, 5), (1024, 4), (1536, 2), (2048, 2), (2048, 2))
@@ -107,7 +109,7 @@ def test_parts_of_unequal_size_give_the_gradient_of_the_whole_batch():
     model = GPT(GPTConfig(1, 2, 32), 64)
     model.init_weights(0)
     windows = np.random.default_rng(0).integers(50257, size=(7, 65))
-    assert [len(part) for part in train.parts(windows, 64, 200)] == [3, 2, 2]
+    assert [len(part) for part in parts(windows, 64, 200)] == [3, 2, 2]
     whole = model.loss(torch.from_numpy(windows)) / (7 * 64)
     expected = dict(zip(dict(model.named_parameters()), torch.autograd.grad(whole, model.parameters())))
 
@@ -177,7 +179,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_makes_their_updates_orthogona
     ],
 )
 def test_early_stopping_counts_evaluations_without_a_new_best_of_their_length(losses, bests, bad):
-    best, seen = train.Best(), []
+    best, seen = Best(), []
     for seq_len, loss in losses:
         best = best.after(seq_len, loss)
         seen.append((int(best.bad_evals == 0), best.bad_evals))
