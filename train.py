@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import open_run, save_checkpoint
+from checkpoint import open_best, open_run, save_checkpoint
 from config import Config, UserError, load_config, user_errors
 from curriculum import PEAK_FLOPS, Curriculum, Split, expected_ppl, learning_rate, open_dataset
 from model import GPT, GPTConfig
 from parallel import Processes, join_processes, memory_errors, parts, smaller_parts, to_device
-from validate import Best, Score, Stopped, eval_table, score_windows, summary
+from validate import Best, Score, Stopped, eval_table, report, score_lengths, score_windows, summary
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run: chosen; float16's scale falls to 1/1,024
 
@@ -193,7 +193,7 @@ def set_up(
 
 
 def train(config: Config, team: Processes | None = None) -> int:
-    """The run that config describes. Returns 0, or the number of the signal that stopped it."""
+    """The run that config describes, or what it made of its model. Returns 0, or the signal that stopped it."""
     team = team or Processes()
     out_dir = Path(config.out_dir)
     state = log = None
@@ -205,11 +205,20 @@ def train(config: Config, team: Processes | None = None) -> int:
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         dataset = open_dataset(config.data_dir, curriculum)
+        token_bytes = torch.from_numpy(dataset.token_bytes.astype(np.int64)).to(device)
         with memory_errors("the model does not fit"):
             model, optimizers, loss_of, score_of = set_up(config, curriculum.max_len, device, dtype)
         if team.rank == 0:
-            state, log = open_run(config)
+            state, log = (open_best(config), None) if config.eval_only else open_run(config)
     state = team.broadcast(state)
+    if config.eval_only:
+        model.load_state_dict(state["model"])
+        team.watch_signals()
+        with suppress(Stopped):
+            scores = score_lengths(score_of, dataset.val, token_bytes, config, team)
+            print(f"{out_dir / 'best.pt'} is the model after {state['step']:,} steps. On all held-out articles:\n")
+            print(report(scores))
+        return team.stop
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, time_s, best, skipped, kept_eval = 0, 0.0, Best(), 0, None  # skipped: so many of the last steps, in a row
     if state:
@@ -223,7 +232,6 @@ def train(config: Config, team: Processes | None = None) -> int:
         print(f"going on from step {step:,} of {out_dir}")
     saved_step = step if state else None
     state = None  # its tensors were copied
-    token_bytes = torch.from_numpy(dataset.token_bytes.astype(np.int64)).to(device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak_flops = next((peak * team.count for name, peak in PEAK_FLOPS.items() if name in gpu), None)
     team.watch_signals()

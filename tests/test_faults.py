@@ -364,7 +364,7 @@ def test_early_stopping_on_made_up_curves(curve, monkeypatch, tmp_path, small_di
         if len(calls) % 3 == 1:  # validation; training and the last length follow
             expected, made_up.loss = next(val)
             assert seq_len == expected
-        return Score(made_up.loss, 0.0, 0.0)
+        return Score(made_up.loss, 0.0, 0.0, n, 0.0, [])
 
     calls = []
     monkeypatch.setattr(train, "score_windows", made_up)
