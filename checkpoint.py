@@ -21,8 +21,9 @@ import torch
 from config import Config, UserError
 
 # What may differ between a checkpoint and the run that goes on from it; anything else would make it another run.
-MAY_CHANGE = {"data_dir", "out_dir", "resume", "max_steps", "plan_ppl", "phases", "micro_batch_tokens", "device"}
-MAY_CHANGE |= {"dtype", "compile", "eval_interval", "eval_tokens", "patience", "checkpoint_interval", "log_interval"}
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "eval_only", "max_steps", "plan_ppl", "phases", "micro_batch_tokens"}
+MAY_CHANGE |= {"device", "dtype", "compile", "eval_interval", "eval_tokens", "patience", "checkpoint_interval"}
+MAY_CHANGE |= {"log_interval"}
 
 # What a checkpoint holds: best.pt the first three, last.pt and prev.pt all.
 MODEL_KEYS = {"config", "step", "model"}
@@ -70,10 +71,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def load_checkpoint(path: Path, keys: set[str] = MODEL_KEYS) -> dict:
-    """What save_checkpoint wrote, on the CPU. Raises UserError for a file that is damaged or lacks one of the keys.
+    """What save_checkpoint wrote, on the CPU. Raises UserError if it is missing, damaged or without one of the keys.
 
     torch.load does not look at the archive's checksums; weights_only keeps a foreign file from running code.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist: train a model first, or give its --out_dir")
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
@@ -184,6 +187,13 @@ class Log:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]  # a full disk may take a part
         if durably:
             os.fsync(self.file.fileno())
+
+
+def open_best(config: Config) -> dict:
+    """best.pt of the run that config describes. Raises UserError if there is none or out_dir holds another run's."""
+    state = load_checkpoint(Path(config.out_dir) / "best.pt")
+    check_same_run(config, state)
+    return state
 
 
 def open_run(config: Config) -> tuple[dict | None, Log]:

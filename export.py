@@ -24,7 +24,7 @@ from model import GPT
 from packages import GPT2_URL, gpt2_encoding
 from prepare_wiki import ENDOFTEXT, VOCAB_SIZE, read_meta
 from sample import TEMPERATURE, TOP_K, load_model
-from train import eval_table
+from validate import eval_table
 
 QWEN3_NAMES = {"embed.": "embed_tokens.", "blocks.": "layers.", ".attn.": ".self_attn.",
                ".attn_norm.": ".input_layernorm.", ".mlp_norm.": ".post_attention_layernorm."}  # fmt: skip

@@ -3,11 +3,13 @@
     torchrun --nproc_per_node=N train.py CONFIG.py ...
 
 Every process holds the whole model and its optimizers. A step's batch is the one that a single process would draw;
-each takes its share, and one all-reduce adds up the gradients, the loss and the processes' flags. So all apply the
-same update, and whatever ends a run ends it on all of them at the same step. Process 0 alone reads and writes out_dir.
+each takes its share, in parts that fit in memory, and one all-reduce adds up the gradients, the loss and the
+processes' flags. So all apply the same update, and whatever ends a run ends it on all of them at the same step.
+Process 0 alone reads and writes out_dir.
 """
 
 import io
+import math
 import os
 import signal
 import sys
@@ -19,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config import UserError
+from config import Config, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -141,3 +143,38 @@ def join_processes() -> Iterator[Processes]:
         yield Processes(rank, count)
     finally:
         dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A share in parts that the memory of its device holds
+
+
+def parts(windows: np.ndarray, seq_len: int, micro_batch_tokens: int) -> list[np.ndarray]:
+    """Windows of seq_len (or their numbers) in parts within micro_batch_tokens: as few and as equal as can be."""
+    count = math.ceil(len(windows) / (micro_batch_tokens // seq_len))
+    return np.array_split(windows, count) if count else []
+
+
+def to_device(windows: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(windows)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Raises UserError with the advice where a GPU or the machine is out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"out of memory: {advice}") from None
+
+
+def smaller_parts(config: Config, share: np.ndarray, seq_len: int) -> str:
+    """What to try when a part of the share was too large: half of it, but no less than the table's longest window."""
+    windows = max(map(len, parts(share, seq_len, config.micro_batch_tokens)), default=0)
+    half = max(windows // 2 * seq_len, *(row[1] for row in config.stages))
+    if half < windows * seq_len:
+        return f"{windows} windows of {seq_len:,} at once are too many; try --micro_batch_tokens={half}"
+    return "micro_batch_tokens can be no smaller for this table; the model or its longest windows must be"

@@ -36,8 +36,6 @@ def load_model(path: Path) -> tuple[GPT, dict]:
 
     The model's max_seq_len is the longest window it was trained on: stages that the run had not reached do not count.
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist: train a model first, or give its --out_dir")
     state = load_checkpoint(path)
     config = state["config"]
     trained = Curriculum(config["stages"], max(1, state["step"])).stages

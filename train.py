@@ -3,7 +3,7 @@
     python train.py config/curriculum9.py --data_dir=data/wiki --out_dir=out/curriculum9 [--key=value ...]
 
 Each step draws its windows (curriculum.py), runs them forward and backward in parts of at most micro_batch_tokens,
-clips the gradient and updates the weights. Around the steps: validation on held-out articles, early stopping,
+clips the gradient and updates the weights. Around the steps: validation and early stopping (validate.py),
 checkpoints and the log (checkpoint.py). The same command with --resume=True goes on where a stopped or killed run
 was, exactly. `torchrun --nproc_per_node=N train.py ...` makes the same run on N processes (parallel.py).
 """
@@ -15,21 +15,21 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import open_run, save_checkpoint
+from checkpoint import open_best, open_run, save_checkpoint
 from config import Config, UserError, load_config, user_errors
-from curriculum import PEAK_FLOPS, Curriculum, Split, expected_ppl, format_table, learning_rate, open_dataset
+from curriculum import PEAK_FLOPS, Curriculum, Split, expected_ppl, learning_rate, open_dataset
 from model import GPT, GPTConfig
-from parallel import Processes, join_processes
+from parallel import Processes, join_processes, memory_errors, parts, smaller_parts, to_device
+from validate import Best, Score, Stopped, eval_table, report, score_lengths, score_windows, summary
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run: chosen; float16's scale falls to 1/1,024
 
@@ -52,37 +52,6 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     if use_muon:
         optimizers += [torch.optim.Muon(matrices, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")]
     return optimizers
-
-
-def parts(windows: np.ndarray, seq_len: int, micro_batch_tokens: int) -> list[np.ndarray]:
-    """Windows of seq_len (or their numbers) in parts within micro_batch_tokens: as few and as equal as can be."""
-    count = math.ceil(len(windows) / (micro_batch_tokens // seq_len))
-    return np.array_split(windows, count) if count else []
-
-
-def to_device(windows: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(windows)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-@contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
-    """Raises UserError with the advice where a GPU or the machine is out of memory."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise UserError(f"out of memory: {advice}") from None
-
-
-def smaller_parts(config: Config, share: np.ndarray, seq_len: int) -> str:
-    """What to try when a part of the share was too large: half of it, but no less than the table's longest window."""
-    windows = max(map(len, parts(share, seq_len, config.micro_batch_tokens)), default=0)
-    half = max(windows // 2 * seq_len, *(row[1] for row in config.stages))
-    if half < windows * seq_len:
-        return f"{windows} windows of {seq_len:,} at once are too many; try --micro_batch_tokens={half}"
-    return "micro_batch_tokens can be no smaller for this table; the model or its longest windows must be"
 
 
 def train_step(
@@ -134,102 +103,6 @@ def train_step(
     if scaler.is_enabled():
         scaler.update()
     return loss, grad_norm
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Validation
-
-
-class Score(NamedTuple):
-    """Means over the scored targets."""
-
-    loss: float  # nats per token
-    accuracy: float  # share of the targets that had the largest logit
-    bpb: float  # bits per byte: all targets' loss over all targets' UTF-8 bytes
-
-
-class Stopped(Exception):
-    """A stop signal came during an evaluation."""
-
-
-def score_windows(
-    score_of: Callable[[Tensor], tuple[Tensor, Tensor]],
-    split: Split,
-    seq_len: int,
-    n: int,
-    token_bytes: Tensor,
-    config: Config,
-    team: Processes,
-) -> Score:
-    """The score of n windows of seq_len, evenly spread over a split and shared by the processes.
-
-    score_of is model.score, as compiled; token_bytes (V,) holds each token's UTF-8 bytes, on the model's device.
-    Raises Stopped on all processes once one has seen a stop signal.
-    """
-    loss, hits, n_bytes = 0.0, 0, 0
-    share = team.share(split.spread(seq_len, n))
-    advice, out_of_memory = smaller_parts(config, share, seq_len), False
-    try:
-        with memory_errors(advice):
-            for numbers in parts(share, seq_len, config.micro_batch_tokens):
-                if team.seen:
-                    break
-                windows = to_device(split.fixed_windows(seq_len, numbers), token_bytes.device)
-                with torch.no_grad():
-                    losses, is_hit = score_of(windows)
-                loss += losses.double().sum().item()
-                hits += is_hit.sum().item()
-                n_bytes += token_bytes[windows[:, 1:]].sum().item()
-    except UserError:
-        out_of_memory = True
-    loss, hits, n_bytes, *flags = team.sum([loss, hits, n_bytes, *team.flags(out_of_memory)])
-    if team.heed(flags):
-        raise team.error(f"out of memory: {advice}")
-    if team.stop:
-        raise Stopped
-    return Score(loss / (n * seq_len), hits / (n * seq_len), loss / math.log(2) / max(1, n_bytes))
-
-
-class Best(NamedTuple):
-    """What early stopping remembers: the best validation loss of the current length, and evaluations without it."""
-
-    seq_len: int = 0
-    loss: float = math.inf
-    bad_evals: int = 0
-
-    def after(self, seq_len: int, loss: float) -> "Best":
-        """Losses at different lengths do not compare, so a new length starts anew."""
-        best = self if seq_len == self.seq_len else Best(seq_len)
-        return Best(seq_len, loss) if loss < best.loss else best._replace(bad_evals=best.bad_evals + 1)
-
-
-def summary(record: dict, config: Config) -> str:
-    """One line about an evaluation: how the run stands against the plan, and whether it overfits."""
-    line = f"step {record['step']:,}: stage {record['stage']}/{len(config.stages)}, length {record['seq_len']:,}, "
-    line += f"val loss {record['val_loss']:.3f}, ppl {record['val_ppl']:,.1f}"
-    if plan := record["plan_ppl"]:
-        line += f" ({'ahead of' if record['val_ppl'] <= plan else 'behind'} plan: {plan:,.0f})"
-    line += f", gap {record['gap']:+.2f}" + (" overfits" if record["gap"] >= math.log(2) else "")
-    return line + (", best" if record["is_best"] else f", no best for {record['bad_evals']}")
-
-
-def eval_table(records: list[dict]) -> str:
-    """The evaluations of a run, one a row. The last loss is at the table's last length: it compares across stages."""
-    columns = {
-        "step": ("step", "{:,}"),
-        "stage": ("stage", "{}"),
-        "length": ("seq_len", "{:,}"),
-        "val loss": ("val_loss", "{:.3f}"),
-        "val ppl": ("val_ppl", "{:,.1f}"),
-        "accuracy": ("val_accuracy", "{:.1%}"),
-        "bpb": ("val_bpb", "{:.3f}"),
-        "train loss": ("train_loss", "{:.3f}"),
-        "gap": ("gap", "{:+.3f}"),
-        "last len": ("last_len_loss", "{:.3f}"),
-        "seconds": ("time_s", "{:,.0f}"),
-    }
-    rows = [[form.format(record[key]) for key, form in columns.values()] for record in records]
-    return format_table(list(columns), rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -322,7 +195,7 @@ def set_up(
 
 
 def train(config: Config, team: Processes | None = None) -> int:
-    """The run that config describes. Returns 0, or the number of the signal that stopped it."""
+    """The run that config describes, or what it made of its model. Returns 0, or the signal that stopped it."""
     team = team or Processes()
     out_dir = Path(config.out_dir)
     state = log = None
@@ -334,11 +207,20 @@ def train(config: Config, team: Processes | None = None) -> int:
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         dataset = open_dataset(config.data_dir, curriculum)
+        token_bytes = torch.from_numpy(dataset.token_bytes.astype(np.int64)).to(device)
         with memory_errors("the model does not fit"):
             model, optimizers, loss_of, score_of = set_up(config, curriculum.max_len, device, dtype)
         if team.rank == 0:
-            state, log = open_run(config)
+            state, log = (open_best(config), None) if config.eval_only else open_run(config)
     state = team.broadcast(state)
+    if config.eval_only:
+        model.load_state_dict(state["model"])
+        team.watch_signals()
+        with suppress(Stopped):
+            scores = score_lengths(score_of, dataset.val, token_bytes, config, team)
+            print(f"{out_dir / 'best.pt'} is the model after {state['step']:,} steps. On all held-out articles:\n")
+            print(report(scores))
+        return team.stop
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, time_s, best, skipped, kept_eval = 0, 0.0, Best(), 0, None  # skipped: so many of the last steps, in a row
     if state:
@@ -352,7 +234,6 @@ def train(config: Config, team: Processes | None = None) -> int:
         print(f"going on from step {step:,} of {out_dir}")
     saved_step = step if state else None
     state = None  # its tensors were copied
-    token_bytes = torch.from_numpy(dataset.token_bytes.astype(np.int64)).to(device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak_flops = next((peak * team.count for name, peak in PEAK_FLOPS.items() if name in gpu), None)
     team.watch_signals()

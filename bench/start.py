@@ -48,6 +48,7 @@ def stage_costs(argv: list[str]) -> None:
     from config import load_config
     from curriculum import Curriculum, Split, format_table, open_dataset
     from parallel import Processes
+    from validate import score_windows
 
     config = load_config(argv)
     curriculum = Curriculum(config.stages, config.max_steps)
@@ -77,8 +78,8 @@ def stage_costs(argv: list[str]) -> None:
         seconds = statistics.median(steps)
         n = max(1, stage.tokens_per_step // stage.seq_len)
         scoring = (score_of, dataset.val, stage.seq_len, n, token_bytes, config, Processes())
-        first_score = timed(train.score_windows, *scoring)
-        scores = statistics.median(timed(train.score_windows, *scoring) for _ in range(3))
+        first_score = timed(score_windows, *scoring)
+        scores = statistics.median(timed(score_windows, *scoring) for _ in range(3))
         train_s.append(seconds / stage.tokens_per_step)
         score_s.append(scores / (n * stage.seq_len))
         beyond.append(first - seconds)

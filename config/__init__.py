@@ -44,6 +44,7 @@ class Config:
     data_dir: str = "data/wiki"  # a dataset made by prepare_wiki.py
     out_dir: str = "out/run"  # checkpoints and the log
     resume: bool = False  # go on from out_dir's checkpoint if there is one; without it a used out_dir is refused
+    eval_only: bool = False  # do not train: score out_dir's best.pt on all held-out articles, at every length
     seed: int = 1337  # of the initial weights and of every step's windows
 
     # The curriculum. No default for the table: it is what an experiment is about

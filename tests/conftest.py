@@ -65,6 +65,24 @@ def config_file(tmp_path, small_dir):
     return path
 
 
+def as_qwen3(state: dict):
+    """The model of SMALL in a checkpoint as transformers' own, which is filled name by name."""
+    transformers = pytest.importorskip("transformers")
+    qwen3 = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=50304, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-6, tie_word_embeddings=True, attention_bias=False))  # fmt: skip
+    names = {"embed": "model.embed_tokens", "blocks": "model.layers", "attn": "self_attn",
+             "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}  # fmt: skip
+    renamed = {}
+    for name, weight in state["model"].items():
+        head, *rest = [names.get(part, part) for part in name.split(".")]
+        renamed[".".join(["model.norm" if head == "norm" else head, *rest])] = weight
+    renamed["lm_head.weight"] = state["model"]["embed.weight"]
+    qwen3.load_state_dict(renamed)
+    return qwen3
+
+
 def read_log(out_dir) -> list[dict]:
     return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
 

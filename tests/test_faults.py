@@ -19,6 +19,7 @@ import train
 from checkpoint import Log, load_checkpoint, save_checkpoint
 from config import Config, UserError
 from model import GPT, GPTConfig
+from validate import Score
 
 TABLE = ((0, 16, 8, 1.0), (6, 32, 4, 0.5))
 KEYS = SMALL | {"stages": TABLE, "max_steps": 12, "eval_interval": 100, "checkpoint_interval": 3, "eval_tokens": 256}
@@ -363,7 +364,7 @@ def test_early_stopping_on_made_up_curves(curve, monkeypatch, tmp_path, small_di
         if len(calls) % 3 == 1:  # validation; training and the last length follow
             expected, made_up.loss = next(val)
             assert seq_len == expected
-        return train.Score(made_up.loss, 0.0, 0.0)
+        return Score(made_up.loss, 0.0, 0.0, n, 0.0, [])
 
     calls = []
     monkeypatch.setattr(train, "score_windows", made_up)

@@ -44,6 +44,11 @@ TRAIN = {
     "another run": ("small.py", ["--out_dir=used", "--resume=True", "--seed=3"], "seed was 1337 and is 3"),
     "another file": ("small.py", ["--out_dir=foreign", "--resume=True"], "is not a readable checkpoint"),
     "a model alone": ("small.py", ["--out_dir=model", "--resume=True"], "has no best, optimizers"),
+    "evaluating no model": ("small.py", ["--out_dir=nowhere", "--eval_only=True"], "nowhere/best.pt does not exist"),
+    "evaluating a damaged model": ("small.py", ["--out_dir=foreign", "--eval_only=True"], "foreign/best.pt is not"),
+    "evaluating another model": ("small.py", ["--out_dir=used", "--eval_only=True", "--n_embd=64"], "n_embd was 32"),
+    "evaluating without a dataset": ("small.py", ["--out_dir=used", "--eval_only=True", "--data_dir=nowhere"],
+                                     "not a dataset"),
     "a model larger than memory": ("small.py", ["--n_embd=4000000"], "out of memory"),
 }
 OTHERS = {

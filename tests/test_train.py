@@ -11,12 +11,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import FEW, ROOT, SMALL, assert_same_run, count_lines, read_log
+from conftest import FEW, ROOT, SMALL, as_qwen3, assert_same_run, count_lines, read_log
 
 import train
 from config import Config
 from curriculum import Curriculum
 from model import GPT, GPTConfig
+from parallel import parts
+from validate import Best
 
 # The demo's shapes, 64 windows of 64 among them: nine stages of a step each.
 SHAPES = ((64, 64), (128, 32), (256, 16), (512, 8), (768, 5), (1024, 4), (1536, 2), (2048, 2), (2048, 2))
@@ -57,26 +59,13 @@ def test_a_run_through_all_nine_stages_compiles_six_graphs_and_logs_what_design_
 
 def test_another_program_repeats_the_reported_evaluation(tmp_path, small_dir):
     """The last evaluation of a run, from best.pt and the shards alone, by transformers and the rules in design.md."""
-    transformers = pytest.importorskip("transformers")
     table = ((0, 64, 16, 1.0), (8, 256, 8, 1.0))
     config = Config(**SMALL, data_dir=str(small_dir), out_dir=str(tmp_path), stages=table, max_steps=12)
     train.train(config)
     record = read_log(tmp_path)[-1]
     state = torch.load(tmp_path / "best.pt", weights_only=True)
     assert record["is_best"] and state["step"] == record["step"] == 12
-
-    qwen3 = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=50304, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        rms_norm_eps=1e-6, tie_word_embeddings=True, attention_bias=False))  # fmt: skip
-    names = {"embed": "model.embed_tokens", "blocks": "model.layers", "attn": "self_attn",
-             "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}  # fmt: skip
-    renamed = {}
-    for name, weight in state["model"].items():
-        head, *rest = [names.get(part, part) for part in name.split(".")]
-        renamed[".".join(["model.norm" if head == "norm" else head, *rest])] = weight
-    renamed["lm_head.weight"] = state["model"]["embed.weight"]
-    qwen3.load_state_dict(renamed)
+    qwen3 = as_qwen3(state)
 
     def losses(split: str, seq_len: int, n: int | None):
         """Losses and hits of n of the windows that tile the split (all, if n is None), and the targets' bytes."""
@@ -109,7 +98,7 @@ def test_parts_of_unequal_size_give_the_gradient_of_the_whole_batch():
     model = GPT(GPTConfig(1, 2, 32), 64)
     model.init_weights(0)
     windows = np.random.default_rng(0).integers(50257, size=(7, 65))
-    assert [len(part) for part in train.parts(windows, 64, 200)] == [3, 2, 2]
+    assert [len(part) for part in parts(windows, 64, 200)] == [3, 2, 2]
     whole = model.loss(torch.from_numpy(windows)) / (7 * 64)
     expected = dict(zip(dict(model.named_parameters()), torch.autograd.grad(whole, model.parameters())))
 
@@ -179,7 +168,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_makes_their_updates_orthogona
     ],
 )
 def test_early_stopping_counts_evaluations_without_a_new_best_of_their_length(losses, bests, bad):
-    best, seen = train.Best(), []
+    best, seen = Best(), []
     for seq_len, loss in losses:
         best = best.after(seq_len, loss)
         seen.append((int(best.bad_evals == 0), best.bad_evals))
