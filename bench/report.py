@@ -20,6 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.plot import tick  # noqa: E402
 from bench.recipe import BASE, EXPERIMENTS, add_arguments, best_lr, chosen, read, runs, settings  # noqa: E402
 from config import CommandLine, UserError, user_errors  # noqa: E402
 from curriculum import short  # noqa: E402
@@ -164,12 +165,11 @@ def size_table(found: dict[str, dict[int, dict]], name: str, args) -> str:
     """The grid of each size, its best learning rate, and how that moves with the width."""
     rows, best = [], []
     for variant, mine in found.items():
-        lrs = (BASE | EXPERIMENTS[name][variant])["lrs"]
-        grid = [(lr, result) for lr in lrs if (result := read(settings(EXPERIMENTS[name][variant], lr, 0, args), args))]
+        grid = grid_of(EXPERIMENTS[name][variant], args)
         for key in ("val_loss", "loss"):
-            losses = [result[key] for _, result in grid]
-            best.append((key, mine[0]["run"]["size"][1], vertex([lr for lr, _ in grid], losses)))
-            words = ", ".join(f"{lr:g}: {loss:.3f}" for (lr, _), loss in zip(grid, losses))
+            losses = [result[key] for result in grid.values()]
+            best.append((key, mine[0]["run"]["size"][1], vertex(list(grid), losses)))
+            words = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in zip(grid, losses))
             rows.append([variant, short(mine[0]["params"]), key, words, f"{best[-1][2]:.2g}"])
     text = markdown(["size", "parameters", "loss", "by learning rate", "best (parabola)"], rows)
     for key in ("val_loss", "loss"):
@@ -186,9 +186,9 @@ def size_table(found: dict[str, dict[int, dict]], name: str, args) -> str:
 
 def spike(change: dict) -> tuple[float, float]:
     """How far the loss at the new length rises above that at the old one just before the change, on the same targets;
-    and the first watched step after the change at which it is back (infinity if none is)."""
+    and the first watched step from the highest one on at which it is back (infinity if none is)."""
     offsets, losses = np.array(change["after"], float).T
-    back = offsets[losses <= change["loss_before"]]
+    back = offsets[(losses <= change["loss_before"]) & (offsets >= offsets[losses.argmax()])]
     return float(losses.max() - change["loss_before"]), float(back[0]) if len(back) else np.inf
 
 
@@ -207,7 +207,7 @@ def change_table(found: dict[str, dict[int, dict]]) -> str:
 # Pictures
 
 
-def draw(found: dict[str, dict[int, dict]], name: str, to: Path) -> None:
+def draw(found: dict[str, dict[int, dict]], name: str, args, to: Path) -> None:
     """The curves over tokens, FLOPs and seconds, means over seeds; then what the experiment is about."""
     try:
         import matplotlib
@@ -217,35 +217,49 @@ def draw(found: dict[str, dict[int, dict]], name: str, to: Path) -> None:
     from matplotlib import pyplot as plt
 
     plt.rcParams |= {"font.size": 13}
-    extra = {"lengths": 1, "parts": 1, "changes": max(len(mine[0]["changes"]) for mine in found.values())}.get(name, 0)
-    figure, panels = plt.subplots(1, 3 + extra, figsize=(5 * (3 + extra), 6), layout="constrained", squeeze=False)
-    late = []
-    for (variant, mine), color in zip(found.items(), COLORS * 3):
-        style = {"color": color, "label": variant, "marker": "osv^DPX"[COLORS.index(color) % 7], "ms": 5}
+    more = {"changes": min(len(mine[0]["changes"]) for mine in found.values())}.get(name, 1)
+    figure, panels = plt.subplots(2, max(3, more), figsize=(16, 11), layout="constrained")
+    own, late = panels[1][:more], []
+    for panel in panels[1][more:]:
+        panel.remove()
+    for number, (variant, mine) in enumerate(found.items()):
+        style = {"color": COLORS[number % len(COLORS)], "marker": "osv^DPX"[number % 7], "label": variant, "ms": 5}
         for axis, panel in zip(AXES, panels[0]):
             spent, losses = np.mean([curve(result, axis) for result in mine.values()], axis=0)
             panel.plot(spent, losses, **style)
-            late += [*losses[spent >= 0.15 * spent[-1]]]
-        if name in ("lengths", "parts"):
-            panels[0][3].plot([b for _, b, _ in mine[0]["positions"]], np.mean(positions(mine), axis=0), **style)
-        for number, panel in enumerate(panels[0][3:] if name == "changes" else []):
-            changes = [result["changes"][number] for result in mine.values()]
-            rise = np.mean([np.array(c["after"], float)[:, 1] - c["loss_before"] for c in changes], axis=0)
-            panel.plot([offset for offset, _ in changes[0]["after"]], rise, **style)
-            panel.set(xscale="symlog", xlabel=f"steps after {changes[0]['from']:,} to {changes[0]['to']:,}",
-                      ylabel="loss minus that before")  # fmt: skip
-    for (_, what), panel in zip(AXES.items(), panels[0]):
-        panel.set(xlabel=what, ylabel="loss at length 2,048", ylim=(min(late) - 0.1, np.quantile(late, 0.95) + 0.3))
-    if name in ("lengths", "parts"):
-        panels[0][3].set(xscale="log", xlabel="position in the window, up to", ylabel="held-out loss")
-    for panel in panels[0]:
+            late += [*losses[spent >= 0.4 * spent[-1]]]
+        if name == "changes":
+            for change, panel in enumerate(own):
+                changes = [result["changes"][change] for result in mine.values()]
+                rise = np.mean([np.array(c["after"], float)[:, 1] - c["loss_before"] for c in changes], axis=0)
+                panel.plot([offset for offset, _ in changes[0]["after"]], rise, **style)
+                panel.set(xscale="symlog", xlabel=f"steps after {changes[0]['from']:,} to {changes[0]['to']:,}",
+                          ylabel="loss at the new length\nminus that at the old one before")  # fmt: skip
+        elif name == "sizes":
+            lrs, results = zip(*grid_of(EXPERIMENTS[name][variant], args).items())
+            own[0].plot(lrs, [result["val_loss"] for result in results], **style)
+            own[0].set(xscale="log", xlabel="learning rate", ylabel="validation loss")
+        else:
+            own[0].plot([b for _, b, _ in mine[0]["positions"]], np.mean(positions(mine), axis=0), **style)
+            own[0].set(xscale="log", xlabel="position in the window, up to", ylabel="held-out loss")
+    for what, panel in zip(AXES.values(), panels[0]):
+        panel.set(xlabel=what, ylabel="loss at length 2,048", ylim=(min(late) - 0.1, max(late) + 0.1))
+    for panel in [*panels[0], *own]:
         panel.grid(color="#d0d0d0")
+        if panel.get_xscale() == "linear":
+            panel.xaxis.set_major_formatter(tick)
     panels[0][0].legend(fontsize=10)
-    figure.savefig(to, dpi=110)
+    figure.savefig(to, dpi=100)
     plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def grid_of(variant: dict, args) -> dict[float, dict]:
+    """The results with seed 0 by learning rate, of those that are done."""
+    lrs = (BASE | variant)["lrs"]
+    return {lr: result for lr in lrs if (result := read(settings(variant, lr, 0, args), args))}
 
 
 def find(name: str, args) -> tuple[dict[str, dict[int, dict]], list[str]]:
@@ -256,9 +270,7 @@ def find(name: str, args) -> tuple[dict[str, dict[int, dict]], list[str]]:
         if todo:
             lrs = [f"{run['lr']:g} seed {run['seed']}" if run["lr"] else f"best, seed {run['seed']}" for run in todo]
             missing.append(f"{variant} ({'; '.join(lrs)})")
-        lrs = (BASE | differs)["lrs"]
-        grid = {lr: result for lr in lrs if (result := read(settings(differs, lr, 0, args), args))}
-        if grid:
+        if grid := grid_of(differs, args):
             lr = best_lr(differs, args) or min(grid, key=lambda lr: grid[lr]["val_loss"])
             mine = {seed: read(settings(differs, lr, seed, args), args) for seed in range(args.seeds)}
             found[variant] = {seed: result for seed, result in mine.items() if result}
@@ -291,7 +303,7 @@ def section(name: str, args) -> str:
     if name == "changes":
         text += "\n" + change_table(found)
     if args.pictures:
-        draw(found, name, Path(args.pictures) / f"recipe_{name}.png")
+        draw(found, name, args, Path(args.pictures) / f"recipe_{name}.png")
         text += f"\n![{name}](recipe_{name}.png)\n"
     return text
 

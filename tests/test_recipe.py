@@ -214,3 +214,4 @@ def test_the_reports_fits():
     change = {"loss_before": 5.0, "after": [[0, 5.2], [1, 5.5], [2, 5.1], [4, 4.9], [8, 5.05]]}
     assert report.spike(change) == (pytest.approx(0.5), 4)
     assert report.spike(change | {"loss_before": 4.0})[1] == math.inf
+    assert report.spike(change | {"loss_before": 5.25}) == (pytest.approx(0.25), 2)  # it is below at first
