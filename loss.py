@@ -62,6 +62,7 @@ class CrossEntropy(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None
 
 
+@torch.compiler.disable  # a caller that is compiled as a whole would unroll the parts
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """CrossEntropy with x in the type of autocast's matrix products, if there is autocast."""
     device = x.device.type

@@ -167,7 +167,8 @@ def set_up(
                     compiles anew, once
     CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work
     loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type, 1.6 GB for 16,384
-                    tokens, and nothing else of that size. torch's F.linear_cross_entropy is 8 times slower on a CPU
+                    tokens, and nothing else of that size. torch's own take 1.65 times as long on a CPU, and
+                    F.linear_cross_entropy twice (bench/head.py)
     optimizers      fused AdamW, on both
     copies          pinned and not waited for, to a GPU (to_device)
     determinism     on a CPU, where it costs nothing measurable as long as fresh memory is not filled with NaN first
