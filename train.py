@@ -164,11 +164,12 @@ def set_up(
                     look-up and the head's large products would gain nothing
     shapes          symbols, on both: a graph serves the whole table. Sizes that happen to be equal do not become one
                     symbol (with duck shaping, 128 windows of 128 would compile anew). A part of a single window
-                    compiles anew, once
+                    compiles anew, once, and so does one of more than 4,096 tokens where the first had fewer, and
+                    the other way round
     CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work
     loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type, 1.6 GB for 16,384
-                    tokens, and nothing else of that size. torch's own take 1.65 times as long on a CPU, and
-                    F.linear_cross_entropy twice (bench/head.py)
+                    tokens, and nothing else of that size. torch's own takes 1.65 times as long on a CPU, and
+                    F.linear_cross_entropy twice as long (bench/head.py)
     optimizers      fused AdamW, on both
     copies          pinned and not waited for, to a GPU (to_device)
     determinism     on a CPU, where it costs nothing measurable as long as fresh memory is not filled with NaN first
