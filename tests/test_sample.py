@@ -297,9 +297,3 @@ def test_a_mistake_is_one_line_and_status_2(trained, monkeypatch, capsys, argume
     done = capsys.readouterr()
     assert (exit.value.code, done.out) == (2, "")
     assert len(done.err.splitlines()) == 1 and word in done.err
-
-
-def test_the_readme_s_files_exist():
-    readme = (ROOT / "README.md").read_text()
-    named = [line.split("`")[1] for line in readme.splitlines() if line.startswith("| `")]
-    assert len(named) >= 7 and all((ROOT / name).exists() for name in named)
