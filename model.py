@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loss import cross_entropy, score_targets
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -180,13 +182,17 @@ class GPT(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_output else 0.02
                 weight.normal_(std=std, generator=generator)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) of the token that follows each of tokens (B, T)."""
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head is given (B, T, C), of tokens (B, T)."""
         T = tokens.shape[1]
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
-        return F.linear(self.norm(x), self.embed.weight)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) of the token that follows each of tokens (B, T)."""
+        return F.linear(self.hidden(tokens), self.embed.weight)
 
     @torch.no_grad()
     def extend(self, cache: Cache, tokens: Tensor) -> Tensor:
@@ -204,11 +210,10 @@ class GPT(nn.Module):
 
     def loss(self, windows: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over the B * T targets of windows (B, T + 1)."""
-        logits = self(windows[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+        return cross_entropy(self.hidden(windows[:, :-1]).flatten(0, 1), self.embed.weight, windows[:, 1:].flatten())
 
     def score(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """For each target of windows (B, T + 1): its cross-entropy in nats, and whether it had the largest logit."""
-        logits, targets = self(windows[:, :-1]), windows[:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return losses.view_as(targets), logits.argmax(-1) == targets
+        targets = windows[:, 1:]
+        losses, hits = score_targets(self.hidden(windows[:, :-1]).flatten(0, 1), self.embed.weight, targets.flatten())
+        return losses.view_as(targets), hits.view_as(targets)

@@ -160,17 +160,19 @@ def set_up(
 
     What is chosen for the device's sake, and why (the GPU's choices are reasoned, not measured):
 
-    shapes          symbols, on both: one graph of each function serves the whole table. Sizes that happen to be equal
-                    do not become one symbol (with duck shaping, 128 windows of 128 would compile anew). A part of a
-                    single window compiles anew, once, and so does one of more than 4,096 tokens where the first had
-                    fewer, and the other way round
+    compiled        block by block: one graph serves all layers, so a deeper model compiles no longer; the embedding's
+                    look-up and the head's large products would gain nothing
+    shapes          symbols, on both: a graph serves the whole table. Sizes that happen to be equal do not become one
+                    symbol (with duck shaping, 128 windows of 128 would compile anew). A part of a single window
+                    compiles anew, once, and so does one of more than 4,096 tokens where the first had fewer, and
+                    the other way round
     CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work
-    loss            all logits of a part at once, on both, never in float32: 1.6 GB for 16,384 tokens. F.linear_cross_
-                    entropy takes them in chunks and is 8 times slower on a CPU; on a GPU too small, take smaller parts
+    loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type, 1.6 GB for 16,384
+                    tokens, and nothing else of that size. torch's own takes 1.65 times as long on a CPU, and
+                    F.linear_cross_entropy twice as long (bench/head.py)
     optimizers      fused AdamW, on both
     copies          pinned and not waited for, to a GPU (to_device)
-    determinism     on a CPU: without it the compiled gradient of the embedding differs from run to run. It costs
-                    nothing measurable as long as fresh memory is not filled with NaN first
+    determinism     on a CPU, where it costs nothing measurable as long as fresh memory is not filled with NaN first
     memory          on a CPU: kept (keep_memory); for a GPU torch has an allocator of its own
     """
     torch.use_deterministic_algorithms(device.type == "cpu")
@@ -183,9 +185,11 @@ def set_up(
     model = GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), max_len)
     model.init_weights(config.seed)
     model.to(device)
+    torch.compiler.set_stance("default" if config.compile else "force_eager")
+    for module in (*model.blocks, model.norm):
+        module.compile(dynamic=True)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    functions = [torch.compile(f, dynamic=True) if config.compile else f for f in (model.loss, model.score)]
-    return model, make_optimizers(model, config), *map(autocast, functions)
+    return model, make_optimizers(model, config), autocast(model.loss), autocast(model.score)
 
 
 # --------------------------------------------------------------------------------------------------------------------

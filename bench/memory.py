@@ -5,7 +5,8 @@
 For GPT-2 size (123.6M parameters) and for 24 layers of width 1,024 (GPT-2 medium's, 353M), with Muon and bf16. Counted:
 
     per weight                4 itself, 4 gradient, 2 as bf16; moments: 4 of Muon (matrices), 8 of AdamW (the rest)
-    per token of a part       2 a vocabulary entry: the logits, which their gradient overwrites;
+    per token of a part       2 a vocabulary entry: the exponentials of the logits, and a twelfth of that: the logits
+                              of a part of the vocabulary;
                               24 C + 6 H a layer of width C and hidden size H, kept for the backward pass: two residual
                               streams in float32 (8 C), two normed in bf16 (4 C), q and k before and after their
                               norms, v and the attention's output (12 C); gate, up and their product (6 H)
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "bench"))
 
 from curriculum import format_table  # noqa: E402
+from loss import CrossEntropy  # noqa: E402
 from model import GPTConfig  # noqa: E402
 
 SIZES = {"GPT-2": GPTConfig(12, 12, 768), "350M": GPTConfig(24, 16, 1024)}
@@ -34,7 +36,9 @@ CARD = 24e9  # bytes; some 0.6 GB of it are CUDA's own
 def count(model: GPTConfig, tokens: int) -> float:
     embedding = model.vocab_size * model.n_embd
     fixed = 10 * model.n_params + 4 * (model.n_matmul - embedding) + 8 * embedding
-    return fixed + tokens * (2 * model.vocab_size + model.n_layer * (24 * model.n_embd + 6 * model.n_hidden))
+    per_token = 2 * (model.vocab_size + CrossEntropy.VOCAB_PART)
+    per_token += model.n_layer * (24 * model.n_embd + 6 * model.n_hidden)
+    return fixed + tokens * per_token
 
 
 def measure(size: str, tokens: int, device_name: str) -> float:

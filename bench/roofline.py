@@ -8,8 +8,8 @@ with bf16 products and float32 weights, gradients and moments:
     per part of micro_batch_tokens    weights: read as float32 and written as bf16 (6), read forward and backward (4);
                                       gradients: read and added to (8)                                   18 a weight
     per step                          the optimizer reads and writes weight, gradient and two moments     32 a weight
-    per token                         logits in bf16: written, read by the loss, read again, their gradient
-                                      written, and read by two products                                12 a vocabulary
+    per token                         logits in bf16: written and read; their exponentials written, and read by two
+                                      products                                                         10 a vocabulary
                                       each layer's activations in bf16, each written and read, forward and backward:
                                       some 16 of width C and 6 of SwiGLU's hidden size     8 * (16 C + 6 H) a layer
 
@@ -33,7 +33,7 @@ SHARES = (1.0, 0.45, 0.15)  # of the roofline; 15 % on an RTX 4090 is the plan's
 def step_bytes(model: GPTConfig, stage: Stage, micro_batch_tokens: int) -> float:
     parts = math.ceil(stage.batch_size / (micro_batch_tokens // stage.seq_len))
     per_layer = 8 * (16 * model.n_embd + 6 * model.n_hidden)
-    per_token = 12 * model.vocab_size + model.n_layer * per_layer
+    per_token = 10 * model.vocab_size + model.n_layer * per_layer
     return model.n_params * (18 * parts + 32) + stage.tokens_per_step * per_token
 
 

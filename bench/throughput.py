@@ -143,8 +143,7 @@ class Player:
 
     def __init__(self, name: str, flags: list[str], length: int, batch: int):
         words = [sys.executable, __file__, *flags, f"--play={name}", f"--length={length}", f"--batch={batch}"]
-        # Threads that wait for their turn must not spin: the others need the cores.
-        env = os.environ | {"PYTHONWARNINGS": "ignore", "GOMP_SPINCOUNT": "1000"}
+        env = os.environ | {"PYTHONWARNINGS": "ignore"}
         self.name = name
         self.process = subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=None if "--verbose" in flags else subprocess.DEVNULL, text=True)

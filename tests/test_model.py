@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from loss import CrossEntropy
 from model import GPT, Attention, GPTConfig, RMSNorm
 
 SMALL = GPTConfig(n_layer=3, n_head=2, n_embd=64, vocab_size=257)
@@ -371,3 +372,47 @@ def test_score_is_each_targets_loss_and_whether_it_had_the_largest_logit():
         assert hits[row].tolist() == expected
     assert hits[1].sum() >= 14
     assert losses.sum().item() == pytest.approx(model.loss(windows).item(), rel=1e-6)
+
+
+def reference_cross_entropy(x, weight, targets):
+    """The sum of the cross-entropies and both gradients of three times it, by torch in float64."""
+    x, weight = (value.double().requires_grad_() for value in (x, weight))
+    loss = F.cross_entropy(x @ weight.T, targets, reduction="sum")
+    (3 * loss).backward()
+    return loss.detach(), x.grad, weight.grad
+
+
+def our_cross_entropy(x, weight, targets, monkeypatch, part):
+    monkeypatch.setattr(CrossEntropy, "VOCAB_PART", part)
+    weight = weight.clone().requires_grad_()
+    x = x.clone().requires_grad_()
+    loss = CrossEntropy.apply(x, weight, targets)
+    (3 * loss).backward()
+    return loss.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("part", [350, 100, 7], ids=["one part", "parts of unequal size", "many parts"])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0], ids=["flat", "sharp", "logits in the hundreds"])
+def test_cross_entropy_by_parts_of_the_vocabulary_is_that_of_float64(part, scale, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    x = scale * torch.randn(40, 16, generator=generator)
+    weight = torch.randn(350, 16, generator=generator)
+    targets = torch.randint(350, (40,), generator=generator)
+    ours = our_cross_entropy(x, weight, targets, monkeypatch, part)
+    for value, expected in zip(ours, reference_cross_entropy(x, weight, targets)):
+        assert (value - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_cross_entropy_in_bfloat16_loses_no_more_than_torchs_own(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(200, 32, generator=generator).bfloat16()
+    weight = torch.randn(5000, 32, generator=generator).bfloat16().float()
+    targets = torch.randint(5000, (200,), generator=generator)
+    expected = reference_cross_entropy(x, weight, targets)
+    ours = our_cross_entropy(x, weight, targets, monkeypatch, 1024)
+    theirs_x, theirs_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(F.linear(theirs_x, theirs_weight), targets, reduction="sum")
+    (3 * loss).backward()
+    for own, their, exact in zip(ours, (loss.detach(), theirs_x.grad, theirs_weight.grad), expected):
+        assert (own - exact).norm() <= 1.2 * (their - exact).norm() + 1e-6 * exact.norm()

@@ -25,15 +25,17 @@ SHAPES = ((64, 64), (128, 32), (256, 16), (512, 8), (768, 5), (1024, 4), (1536, 
 NINE = tuple((i, *shape, 1.0) for i, shape in enumerate(SHAPES))
 
 
-def test_a_run_through_all_nine_stages_compiles_two_graphs_and_logs_what_design_says(tmp_path, sample_dir):
+def test_a_run_through_all_nine_stages_compiles_six_graphs_and_logs_what_design_says(tmp_path, sample_dir):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     keys = SMALL | {"compile": True, "dtype": "bfloat16", "eval_tokens": 16_384, "micro_batch_tokens": 8_192}
+    keys["n_layer"] = 3
     config = Config(**keys, data_dir=str(sample_dir), out_dir=str(tmp_path), stages=NINE, max_steps=9)
     try:
         assert train.train(config) == 0
-        # One for training and one for scoring, whatever the lengths and batches.
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        # A block and the last norm, for training and for scoring; the loss and the score: whatever the lengths, the
+        # batches and the layers.
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6
     finally:
         torch._dynamo.reset()
     records = read_log(tmp_path)

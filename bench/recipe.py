@@ -1,0 +1,416 @@
+"""Small models by train.py's own step: what the recipe and the curriculum are worth, and by which part.
+
+    python bench/recipe.py nanogpt --data_dir=data/sample [--dry] [--steps 300 --tokens 2048 --seeds 3 --folds 5 ...]
+
+Names of EXPERIMENTS, or `all`: what each variant differs in stands there. Each is trained at each learning rate of its
+grid with seed 0, then with the other seeds at the best one. Every run writes one file into --results when it is done;
+a finished run is never repeated, in whatever experiment it is listed, and a killed one is done again. --dry lists them.
+
+data            an article is what lies between two 50256. The long ones (--long tokens or more) of the train shards are
+                dealt into folds in their order. Seed i trains without the long articles of fold i % folds, and without
+                their leads: articles of the same title. So what differs between seeds is the text as well
+held-out loss   windows of 2,048 targets that tile each held-out long article, so that none crosses its borders; what
+                remains of an article behind its last whole window is dropped. Nothing is chosen by it
+validation loss windows of 2,048 of the dataset's own val split (many short articles): it chooses the learning rates
+budget          steps * tokens for all variants, to the nearest step: batches are of whole windows
+
+bench/report.py makes tables and pictures of the results.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.gpt2 import GPT2, LearnedPositions, nanogpt_optimizer  # noqa: E402
+from config import CommandLine, Config, UserError, curriculum9, user_errors  # noqa: E402
+from curriculum import Curriculum, Split, format_table, learning_rate, open_dataset  # noqa: E402
+from train import make_optimizers, parts, pick_device, pick_dtype, set_up, to_device, train_step  # noqa: E402
+
+# --------------------------------------------------------------------------------------------------------------------
+# The experiments, in the order of their worth. A variant gives what differs from BASE.
+
+BASE = {
+    "model": "ours",  # 'gpt2': nanoGPT's; 'learned': ours with learned positions
+    "optimizer": "muon",  # or 'adamw'; nanoGPT's model has its own AdamW
+    "lengths": "table",  # of windows: curriculum9's by share of tokens; a number: fixed; else a name in `lengths`
+    "decay": "linear",  # of the learning rate: to 0; 'cosine': to a tenth; 'table': the table's factors; 'constant'
+    "warmup": 0.1,  # share of the steps
+    "share": 1.0,  # of the budget
+    "size": None,  # (n_layer, n_embd), if not that of the command line
+    "at_change": "",  # 'warm': WARM steps of warmup after each change of length; 'reset': optimizers forget
+    "watch": False,  # score around each change of length
+    "lrs": (2e-3, 4e-3, 8e-3),  # the grid
+    "seeds": True,  # more than one
+}
+GRID = (1e-3, 2e-3, 4e-3, 8e-3)  # the same for nanoGPT's recipe and ours
+NANOGPT = {"model": "gpt2", "optimizer": "adamw", "decay": "cosine", "lrs": GRID}
+CHANGES = {"lengths": "doubling", "watch": True, "lrs": (4e-3,)}
+
+EXPERIMENTS = {
+    # Each row changes one thing more. Then ours with less to train on: how little reaches nanoGPT's loss? At last the
+    # setting of the issue, 256: each is scored at its own length as well.
+    "nanogpt": {
+        "nanoGPT": NANOGPT | {"lengths": 2048},
+        "our model, AdamW, linear": {"optimizer": "adamw", "lengths": 2048, "lrs": GRID},
+        "and Muon": {"lengths": 2048, "lrs": GRID},
+        "and the lengths of the table": {"lrs": GRID},
+        "the same, 0.5 of the tokens": {"share": 0.5, "lrs": (4e-3,)},
+        "the same, 0.3 of the tokens": {"share": 0.3, "lrs": (4e-3,)},
+        "the same, 0.2 of the tokens": {"share": 0.2, "lrs": (4e-3,)},
+        "nanoGPT, length 256": NANOGPT | {"lengths": 256, "seeds": False},
+        "ours, length 256": {"lengths": 256, "lrs": GRID, "seeds": False},
+    },
+    "lengths": {
+        "the table": {"decay": "table", "lrs": (2e-3, 4e-3, 8e-3, 16e-3)},
+        "its lengths, linear decay": {"lrs": GRID},
+        "2,048": {"lengths": 2048, "lrs": GRID},
+        "512": {"lengths": 512},
+        "64": {"lengths": 64},
+    },
+    "parts": {
+        "2,048, constant": {"lengths": 2048, "decay": "constant"},
+        "growing alone": {"decay": "constant"},
+        "falling alone: the table's factors": {"lengths": 2048, "decay": "table"},
+        "both: the table": {"decay": "table", "lrs": (2e-3, 4e-3, 8e-3, 16e-3)},
+        "falling alone: linear": {"lengths": 2048, "lrs": GRID},
+        "both: linear": {"lrs": GRID},
+        "order reversed, linear": {"lengths": "reversed"},
+        "three stages, linear": {"lengths": "three"},
+        "length grows linearly, linear": {"lengths": "linear"},
+    },
+    "sizes": {
+        "2 x 128": {"size": (2, 128), "lrs": (2e-3, 4e-3, 8e-3, 16e-3), "seeds": False},
+        "4 x 256": {"size": (4, 256), "lrs": GRID, "seeds": False},
+        "8 x 512": {"size": (8, 512), "lrs": GRID, "seeds": False},
+    },
+    "changes": {
+        "rotary": CHANGES,
+        "learned": CHANGES | {"model": "learned"},
+        "rotary, warmup again": CHANGES | {"at_change": "warm"},
+        "rotary, moments reset": CHANGES | {"at_change": "reset"},
+        "learned, warmup again": CHANGES | {"model": "learned", "at_change": "warm"},
+    },
+}
+
+LAST_LEN = curriculum9.stages[-1][1]
+WARM = 10  # steps of warmup at a change of length: chosen
+POINTS = 20  # evaluations of a run, evenly spread over its steps, besides the one before the first
+OFFSETS = (0, 1, 2, 4, 8, 16, 32)  # steps after a change of length at which it is watched
+
+
+def lengths(name: str | int) -> list[tuple[float, int, float]]:
+    """Rows (share of the tokens, seq_len, the table's lr_scale there)."""
+    table = Curriculum(curriculum9.stages, curriculum9.max_steps)
+    total = table.tokens_before(table.max_steps)
+    rows = [(stage.tokens / total, stage.seq_len, stage.lr_scale) for stage in table.stages]
+    if name == "table":
+        return rows
+    if name == "reversed":
+        return rows[::-1]
+    if name == "three":  # chosen; shares much as the table has up to 128, up to 768 and above
+        return [(0.05, 128, 1.0), (0.15, 512, 1.0), (0.8, LAST_LEN, 1.0)]
+    if name == "doubling":  # chosen: long enough stages to see a change's whole effect, in the table's usual ratio
+        return [(0.25, seq_len, 1.0) for seq_len in (256, 512, 1024, LAST_LEN)]
+    if name == "linear":  # Li et al. 2022 (sequence length warmup), until where the table reaches its last length
+        grown = sum(share for share, seq_len, _ in rows if seq_len < LAST_LEN)
+        steps = range(64, LAST_LEN, 64)
+        return [(grown / len(steps), seq_len, 1.0) for seq_len in steps] + [(1 - grown, LAST_LEN, 1.0)]
+    return [(share, name, lr_scale) for share, _, lr_scale in rows]
+
+
+def stages_of(rows: list[tuple[float, int, float]], tokens: int, budget: float) -> tuple[tuple, int]:
+    """A configuration's stages and max_steps, for about `tokens` a step and `budget` in all.
+
+    A stage ends at the step at which the tokens trained on are nearest to what it and those before it may have; what
+    one has too many or too few, the next makes up for. A stage too short for a step is left out.
+    """
+    stages, step, trained, due = [], 0, 0, 0.0
+    for share, seq_len, lr_scale in rows:
+        due += share * budget
+        batch_size = max(1, round(tokens / seq_len))
+        steps = max(0, round((due - trained) / (batch_size * seq_len)))
+        if steps and (not stages or stages[-1][1:] != (seq_len, batch_size, lr_scale)):
+            stages.append((step, seq_len, batch_size, lr_scale))
+        step, trained = step + steps, trained + steps * batch_size * seq_len
+    return tuple(stages), step
+
+
+def decayed(decay: str, progress: float) -> float:
+    """The factor of the learning rate when `progress` of the steps after the warmup are done."""
+    if decay == "cosine":  # nanoGPT's: to a tenth
+        return 0.55 + 0.45 * math.cos(math.pi * progress)
+    return 1 - progress if decay == "linear" else 1.0
+
+
+def learning_rate_at(run: dict, config: Config, curriculum: Curriculum, step: int) -> float:
+    stage = curriculum.at(step)
+    progress = max(0, step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    again = (step - stage.start + 1) / WARM if run["at_change"] == "warm" and stage.start else 1.0
+    return learning_rate(config, stage, step) * decayed(run["decay"], progress) * min(1.0, again)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The articles
+
+
+def fold_of(shards: list[np.ndarray], fold: int, folds: int, long: int) -> tuple[Split, list[np.ndarray]]:
+    """What a run trains on, and the long articles that are held out from it.
+
+    Raises UserError if there are fewer long articles than folds.
+    """
+    starts = [np.flatnonzero(shard == 50256) for shard in shards]
+    articles = [np.split(shard, start[1:]) for shard, start in zip(shards, starts)]
+    longs = [article for shard in articles for article in shard if len(article) >= long]
+    if len(longs) < folds:
+        raise UserError(f"{len(longs)} articles of {long:,} tokens cannot be dealt into {folds} folds")
+    held_out = longs[fold::folds]
+    titles = {title(article) for article in held_out}
+    kept = [[article for article in shard if title(article) not in titles] for shard in articles]
+    return Split([np.concatenate(shard) for shard in kept if shard]), held_out
+
+
+def title(article: np.ndarray) -> bytes:
+    """The tokens between 50256 and the first newline (198)."""
+    newlines = np.flatnonzero(article == 198)
+    return article[1 : newlines[0] if len(newlines) else None].tobytes()
+
+
+def tiles(articles: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The whole windows (W, LAST_LEN + 1) inside the articles, and the number (W,) of each one's article."""
+    split = Split(articles)
+    counts = split.tiles(LAST_LEN)
+    return split.fixed_windows(LAST_LEN, np.arange(counts.sum())), np.repeat(np.arange(len(articles)), counts)
+
+
+def spread(windows: np.ndarray, n: int) -> np.ndarray:
+    """n of the windows, evenly spread; all if there are no more."""
+    n = min(n, len(windows))
+    return windows[np.arange(n) * len(windows) // n]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def build(run: dict, config: Config, device: torch.device, dtype: torch.dtype) -> tuple:
+    """The model, its optimizers, and its loss and score as compiled, like train.set_up."""
+    model, optimizers, *functions = set_up(config, LAST_LEN, device, dtype)
+    if run["model"] == "ours":
+        return model, optimizers, *functions
+    # set_up has made the process's choices for the device; its model makes room for another.
+    model = {"gpt2": GPT2, "learned": LearnedPositions}[run["model"]](model.config, LAST_LEN)
+    model.init_weights(config.seed)
+    model.to(device)
+    if run["model"] == "gpt2":
+        optimizers = [nanogpt_optimizer(model)]
+    else:
+        optimizers = make_optimizers(model, config)
+        optimizers[0].add_param_group({"params": [model.positions.weight]})
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    functions = [torch.compile(f, dynamic=True) if config.compile else f for f in (model.loss, model.score)]
+    return model, optimizers, *map(autocast, functions)
+
+
+def flops_per_token(model: torch.nn.Module, seq_len: int) -> int:
+    """As GPTConfig.flops_per_token, of any of the models: their matrices, but not the table of positions."""
+    matrices = sum(w.numel() for name, w in model.named_parameters() if w.ndim == 2 and name != "positions.weight")
+    return 6 * matrices + 12 * model.config.n_layer * model.config.n_embd * seq_len
+
+
+def token_losses(score_of, windows: np.ndarray, seq_len: int, device: torch.device, config: Config) -> np.ndarray:
+    """The loss (W, LAST_LEN), nats, of each target of windows (W, LAST_LEN + 1), cut into windows of seq_len.
+
+    Each target is scored once: where seq_len is no divisor, the last window of each row is shorter.
+    """
+    columns = []
+    for first in range(0, LAST_LEN, seq_len):
+        pieces = windows[:, first : first + seq_len + 1]
+        batches = parts(pieces, pieces.shape[1] - 1, config.micro_batch_tokens)
+        with torch.no_grad():
+            scored = [score_of(to_device(batch, device))[0].float().cpu().numpy() for batch in batches]
+        columns.append(np.concatenate(scored))
+    return np.concatenate(columns, axis=1)
+
+
+def train_run(run: dict, args: argparse.Namespace) -> dict:
+    """The results of a run: `points` through it, `changes` of length if watched, and all there is to say at its end."""
+    dataset = open_dataset(args.data_dir, Curriculum(((0, LAST_LEN, 1, 1.0),), 1))
+    train, articles = fold_of(dataset.train.shards, run["seed"] % run["folds"], run["folds"], run["long"])
+    held_out, owners = tiles(articles)
+    val = dataset.val.fixed_windows(LAST_LEN, np.arange(dataset.val.count(LAST_LEN, 0)))
+    held_out, owners, val = (spread(what, args.windows) for what in (held_out, owners, val))
+    few, few_val = spread(held_out, args.few), spread(val, max(1, args.few // 2))
+
+    rows = lengths(run["lengths"])
+    if run["decay"] != "table":
+        rows = [(share, seq_len, 1.0) for share, seq_len, _ in rows]
+    stages, max_steps = stages_of(rows, run["tokens"], run["share"] * run["steps"] * run["tokens"])
+    n_layer, n_embd = run["size"]
+    config = Config(
+        stages=stages, max_steps=max_steps, learning_rate=run["lr"], warmup_steps=round(run["warmup"] * max_steps),
+        optimizer=run["optimizer"], seed=run["seed"], n_layer=n_layer, n_head=max(1, n_embd // 64), n_embd=n_embd,
+        device=args.device, dtype=args.dtype, compile=not args.eager, micro_batch_tokens=max(8_192, run["tokens"]),
+    )  # fmt: skip
+    curriculum = Curriculum(stages, max_steps)
+    device = pick_device(config.device)
+    torch._dynamo.reset()  # the graphs of the run before
+    model, optimizers, loss_of, score_of = build(run, config, device, pick_dtype(config.dtype, device))
+
+    def score(windows: np.ndarray, seq_len: int = LAST_LEN) -> np.ndarray:
+        return token_losses(score_of, windows, seq_len, device, config)
+
+    due = {round(max_steps * i / POINTS) for i in range(POINTS + 1)}
+    points, changes, took, flops, skipped = [], [], [], 0.0, 0
+    for step in range(max_steps + 1):
+        stage, number = curriculum.at(step), curriculum.index(step)
+        if step in due:
+            points.append({"step": step, "tokens": curriculum.tokens_before(step), "flops": flops,
+                           "loss": float(score(few).mean()), "val_loss": float(score(few_val).mean())})  # fmt: skip
+        if run["watch"] and number and step - stage.start in OFFSETS:
+            if step == stage.start:
+                before = curriculum.stages[number - 1].seq_len
+                changes.append({"step": step, "from": before, "to": stage.seq_len, "after": [],
+                                "loss_before": float(score(few, before).mean())})  # fmt: skip
+            changes[-1]["after"].append([step - stage.start, float(score(few, stage.seq_len).mean())])
+        if step == max_steps:
+            break
+        if run["at_change"] == "reset" and number and step == stage.start:
+            for optimizer in optimizers:
+                optimizer.state.clear()
+        started = time.perf_counter()
+        windows = train.random_windows(stage.seq_len, stage.batch_size, config.seed, step)
+        lr = learning_rate_at(run, config, curriculum, step)
+        loss, norm = train_step(loss_of, model, optimizers, windows, lr, config)
+        took.append(time.perf_counter() - started)
+        flops += stage.tokens_per_step * flops_per_token(model, stage.seq_len)
+        skipped += not (math.isfinite(loss) and math.isfinite(norm))
+
+    # A step counts as the middle one of its stage: others may use the machine too, and the first ones compile.
+    middle = [statistics.median_low(took[stage.start : stage.end]) for stage in curriculum.stages]
+    seconds = np.cumsum([0.0, *(middle[curriculum.index(step)] for step in range(max_steps))])
+    for point in points:
+        point["seconds"] = float(seconds[point["step"]])
+    losses, own_len = score(held_out), stages[-1][1]
+    edges = [0, *(2**i for i in range(6, 11)), LAST_LEN]
+    return {
+        "run": run, "stages": stages, "skipped": skipped, "points": points, "changes": changes,
+        "loss": float(losses.mean()), "val_loss": float(score(val).mean()),
+        "own_len": own_len, "own_loss": float((losses if own_len == LAST_LEN else score(held_out, own_len)).mean()),
+        "articles": [[int(n), losses[owners == n].size, float(losses[owners == n].mean())] for n in np.unique(owners)],
+        "positions": [[a, b, float(losses[:, a:b].mean())] for a, b in zip(edges, edges[1:])],
+        "params": sum(weight.numel() for weight in model.parameters()), "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "torch": torch.__version__,
+    }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which runs there are, and which are done
+
+
+def settings(variant: dict, lr: float | None, seed: int, args: argparse.Namespace) -> dict:
+    """All that decides a run's outcome."""
+    run = BASE | variant | {"lr": lr, "seed": seed, "data": Path(args.data_dir).name}
+    run |= {key: getattr(args, key) for key in ("steps", "tokens", "folds", "long", "windows", "few", "dtype")}
+    run["size"] = list(run["size"] or (args.n_layer, args.n_embd))
+    return {key: value for key, value in run.items() if key not in ("lrs", "seeds")}
+
+
+def result_path(run: dict, args: argparse.Namespace) -> Path:
+    """The file of a run: a name to read, and a hash of its settings."""
+    digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:8]
+    words = [run["model"], run["optimizer"], run["lengths"], run["decay"], "x".join(map(str, run["size"])),
+             f"{run['lr']:g}", run["seed"], digest]  # fmt: skip
+    return Path(args.results) / ("_".join(map(str, words)) + ".json")
+
+
+def read(run: dict, args: argparse.Namespace) -> dict | None:
+    """The results of a finished run; None of one that is not."""
+    path = result_path(run, args) if run["lr"] else None  # no lr: not known yet
+    return json.loads(path.read_text()) if path and path.exists() else None
+
+
+def best_lr(variant: dict, args: argparse.Namespace) -> float | None:
+    """Of the grid, by validation loss with seed 0; None until all of it is done."""
+    lrs = (BASE | variant)["lrs"]
+    done = [read(settings(variant, lr, 0, args), args) for lr in lrs]
+    return None if None in done else min(zip(lrs, done), key=lambda pair: pair[1]["val_loss"])[0]
+
+
+def runs(variant: dict, args: argparse.Namespace) -> Iterator[dict]:
+    """The grid with seed 0; then, at its best learning rate as known by then (lr None: not yet), the other seeds."""
+    variant = BASE | variant
+    for lr in variant["lrs"]:
+        yield settings(variant, lr, 0, args)
+    for seed in range(1, args.seeds if variant["seeds"] else 1):
+        yield settings(variant, best_lr(variant, args), seed, args)
+
+
+def add_arguments(parser: CommandLine) -> None:
+    """What recipe.py and report.py must agree in to speak of the same runs."""
+    parser.add_argument("experiments", nargs="+", metavar="EXPERIMENT", choices=[*EXPERIMENTS, "all"])
+    parser.add_argument("--data_dir", default="data/sample")
+    parser.add_argument("--results", default="out/recipe", help="a folder: one file per run")
+    parser.add_argument("--steps", type=int, default=300, help="of a whole run in batches of --tokens")
+    parser.add_argument("--tokens", type=int, default=2_048, help="of a step, to the nearest whole window")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--long", type=int, default=LAST_LEN + 1, help="tokens that make an article a long one")
+    parser.add_argument("--windows", type=int, default=256, help="most windows scored at the end of a run")
+    parser.add_argument("--few", type=int, default=6, help="held-out windows scored on the way; of val, half as many")
+    parser.add_argument("--n_layer", type=int, default=4)
+    parser.add_argument("--n_embd", type=int, default=256)
+    parser.add_argument("--dtype", default="auto")
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    return list(EXPERIMENTS) if "all" in args.experiments else args.experiments
+
+
+def main() -> None:
+    parser = CommandLine(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--dry", action="store_true", help="list the runs, and which are done")
+    args = parser.parse_args()
+    if args.dry:
+        rows, seen = [], {}
+        for name in chosen(args):
+            for variant, differs in EXPERIMENTS[name].items():
+                for run in runs(differs, args):
+                    again = seen.setdefault(json.dumps(run), (name, variant)) != (name, variant)
+                    state = "done" if read(run, args) else "listed above" if again else "to do"
+                    rows.append([name, variant, f"{run['lr']:g}" if run["lr"] else "best", f"{run['seed']}", state])
+        print(format_table(["experiment", "variant", "lr", "seed", ""], rows))
+        print(f"{sum(row[-1] == 'to do' for row in rows)} runs to do")
+        return
+    Path(args.results).mkdir(parents=True, exist_ok=True)
+    for name in chosen(args):
+        for variant, differs in EXPERIMENTS[name].items():
+            for run in runs(differs, args):
+                if read(run, args):
+                    continue
+                started = time.perf_counter()
+                result = train_run(run, args)
+                path = result_path(run, args)
+                path.with_suffix(".tmp").write_text(json.dumps(result))
+                os.replace(path.with_suffix(".tmp"), path)
+                print(f"{name}: {variant}, lr {run['lr']:g}, seed {run['seed']}: held-out loss {result['loss']:.3f}, "
+                      f"val {result['val_loss']:.3f}, {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
