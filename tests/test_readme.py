@@ -41,6 +41,7 @@ NOT_HERE = {
     "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": MANY,
     "torchrun --nnodes=2 --nproc_per_node=8 --max_restarts=100 --rdzv_backend=c10d --rdzv_id=curriculum9 "
     "--rdzv_endpoint=first-machine:29400 train.py config/curriculum9.py --data_dir=data/wiki --resume=True": MANY,
+    "python bench/throughput.py --nanogpt=PATH --rounds 4": "trains beside a checkout of nanoGPT: half an hour",
     "python bench/kills.py": "kills forty runs: minutes",
     "python bench/processes.py": "compares steps of every shape: minutes",
 }  # fmt: skip
