@@ -81,14 +81,14 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """The repository with the README's own configuration; it and the demo cut to two tiny steps; and as the articles
-    the README's paragraphs."""
+    """The repository with the README's own configuration; it and the demo cut to two tiny steps; and for articles
+    pieces of the README."""
     folder = tmp_path_factory.mktemp("readme") / "copy"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "data", "out"))
-    articles = [{"title": f"Paragraph {i}", "text": 2 * text} for i, text in enumerate(README.split("\n\n"))]
+    articles = [{"title": f"From {i}", "text": README[i : i + 1000]} for i in range(0, len(README), 1000)]
     (folder / "articles.jsonl").write_text("".join(json.dumps(article) + "\n" for article in articles))
     for name in ("sample", "wiki"):
-        made = shell(f"python prepare_wiki.py articles.jsonl --val_fraction 0.3 --out data/{name}", folder)
+        made = shell(f"python prepare_wiki.py articles.jsonl --val_fraction 0.4 --out data/{name}", folder)
         assert made.returncode == 0, made.stderr
     (folder / OWN).write_text(fenced("python")[0])
     for name in (OWN, "config/demo.py"):
