@@ -7,12 +7,20 @@ x (N, C) is what the head is given, weight (V, C) the head, targets (N,) the tok
 x @ weight.T, in autocast's type. bench/head.py measures this beside torch's own.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.compile(dynamic=True)
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """The function compiled, once it is needed: a program that trains nothing starts without the compiler."""
+    return torch.compile(function, dynamic=True)
+
+
 def shifted_exp(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Sets out to exp(logits - largest of the row), all (N, V'); gives these largest and the rows' sums, both (N,)."""
     logits = logits.float()
@@ -43,7 +51,7 @@ class CrossEntropy(torch.autograd.Function):
         largest, sums = torch.empty(2, len(parts), len(x), device=x.device)
         for i, (part, exp) in enumerate(zip(parts, exps)):
             logits = torch.mm(x, part.t(), out=logits[:, : len(part)])
-            largest[i], sums[i] = shifted_exp(logits, exp)
+            largest[i], sums[i] = compiled(shifted_exp)(logits, exp)
         log_sums = (largest + sums.log()).logsumexp(0)  # (N,)
         ctx.save_for_backward(x, weight, targets, (largest - log_sums).exp(), *exps)
         return (log_sums - (x.float() * weight[targets].float()).sum(1)).sum()
@@ -62,7 +70,6 @@ class CrossEntropy(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None
 
 
-@torch.compiler.disable  # a caller that is compiled as a whole would unroll the parts
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """CrossEntropy with x in the type of autocast's matrix products, if there is autocast."""
     device = x.device.type
@@ -71,7 +78,6 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return CrossEntropy.apply(x, weight, targets)
 
 
-@torch.compile(dynamic=True)
 def score_targets(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """For each of N targets its cross-entropy in nats, and whether it had the largest logit (the first of equals)."""
     logits = F.linear(x, weight)

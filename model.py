@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loss import cross_entropy, score_targets
+from loss import compiled, cross_entropy, score_targets
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,6 @@ class GPT(nn.Module):
 
     def score(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """For each target of windows (B, T + 1): its cross-entropy in nats, and whether it had the largest logit."""
-        targets = windows[:, 1:]
-        losses, hits = score_targets(self.hidden(windows[:, :-1]).flatten(0, 1), self.embed.weight, targets.flatten())
+        x, targets = self.hidden(windows[:, :-1]), windows[:, 1:]
+        losses, hits = compiled(score_targets)(x.flatten(0, 1), self.embed.weight, targets.flatten())
         return losses.view_as(targets), hits.view_as(targets)

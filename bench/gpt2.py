@@ -83,9 +83,9 @@ class LearnedPositions(GPT):
         self.cos.fill_(1.0)
         self.sin.fill_(0.0)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor) -> Tensor:
         T = tokens.shape[1]
         x = self.embed(tokens) + self.positions.weight[:T]
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
-        return F.linear(self.norm(x), self.embed.weight)
+        return self.norm(x)

@@ -213,13 +213,16 @@ def build(run: dict, config: Config, device: torch.device, dtype: torch.dtype) -
     model = {"gpt2": GPT2, "learned": LearnedPositions}[run["model"]](model.config, LAST_LEN)
     model.init_weights(config.seed)
     model.to(device)
+    functions = [model.loss, model.score]
     if run["model"] == "gpt2":
         optimizers = [nanogpt_optimizer(model)]
+        functions = [torch.compile(f, dynamic=True) for f in functions]
     else:
         optimizers = make_optimizers(model, config)
         optimizers[0].add_param_group({"params": [model.positions.weight]})
+        for module in (*model.blocks, model.norm):
+            module.compile(dynamic=True)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    functions = [torch.compile(f, dynamic=True) if config.compile else f for f in (model.loss, model.score)]
     return model, optimizers, *map(autocast, functions)
 
 

@@ -108,6 +108,20 @@ def test_flops_are_the_models_own():
     assert recipe.flops_per_token(learned, 128) == config.flops_per_token(128)
 
 
+def test_learned_positions_take_part_in_logits_loss_and_score_alike():
+    model = recipe.LearnedPositions(GPTConfig(1, 2, 32, vocab_size=300), 16)
+    model.init_weights(0)
+    windows = torch.randint(300, (2, 13), generator=torch.Generator().manual_seed(1))
+    expected = torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten(),
+                                                 reduction="sum")  # fmt: skip
+    loss = model.loss(windows)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model.score(windows)[0].sum().item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (model.positions.weight.grad[:12].norm(dim=1) > 0).all()
+    assert (model.positions.weight.grad[12:] == 0).all()
+
+
 def test_losses_of_cut_windows():
     """Each target once, with the tokens of its own cut before it and no others, also where a length does not divide."""
     windows = np.random.default_rng(0).integers(50, size=(3, recipe.LAST_LEN + 1))
