@@ -124,7 +124,8 @@ def test_the_workers_of_one_machine_are_killed_and_the_run_goes_on(tmp_path, arg
     out_dir, endpoint = tmp_path / "killed", f"--rdzv_endpoint=127.0.0.1:{free_port()}"
     command = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d", endpoint,
                "--rdzv_id=run", *map(str, arguments), f"--out_dir={out_dir}"]  # fmt: skip
-    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    # As many threads as torchrun gives two processes on one machine: the same bits take the same number.
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
     agents = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=environment) for _ in range(2)]  # fmt: skip
     wait_for_lines(out_dir, 9)
