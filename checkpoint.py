@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from config import Config, UserError
+from curriculum import Curriculum
+from model import GPT, GPTConfig
 
 # What may differ between a checkpoint and the run that goes on from it; anything else would make it another run.
 MAY_CHANGE = {"data_dir", "out_dir", "resume", "eval_only", "max_steps", "plan_ppl", "phases", "micro_batch_tokens"}
@@ -90,6 +92,19 @@ def load_checkpoint(path: Path, keys: set[str] = MODEL_KEYS) -> dict:
     if missing := keys - (state.keys() if isinstance(state, dict) else set()):
         raise UserError(f"{path} is no checkpoint of this program: it has no {', '.join(sorted(missing))}")
     return state
+
+
+def load_model(path: Path) -> tuple[GPT, dict]:
+    """The model of a checkpoint and all that is in it. Raises UserError if there is none.
+
+    The model's max_seq_len is the longest window it was trained on: stages that the run had not reached do not count.
+    """
+    state = load_checkpoint(path)
+    config = state["config"]
+    trained = Curriculum(config["stages"], max(1, state["step"])).stages
+    model = GPT(GPTConfig(config["n_layer"], config["n_head"], config["n_embd"]), max(s.seq_len for s in trained))
+    model.load_state_dict(state["model"])
+    return model.eval(), state
 
 
 def find_checkpoint(out_dir: Path) -> dict | None:

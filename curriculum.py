@@ -1,27 +1,25 @@
-"""The curriculum: the stage table, what it implies, and the windows that each step trains on.
+"""The curriculum: the stage table, and what it implies.
 
-    config.stages -> Curriculum (checked rows)       stage, learning rate and tokens at a step
-    data_dir      -> open_dataset                    the shards of each split, memory-mapped
-    (seed, step)  -> random_windows                  what a step trains on
-                     fixed_windows                   what an evaluation scores
+    config.stages -> Curriculum       the checked rows: stage and tokens at a step
+                  -> learning_rate    at a step
+                  -> scale_table, at_length: other tables of the same curriculum
+                  -> print_plan       `python curriculum.py config/curriculum9.py [--data_dir=...] [--speed=...]`:
+                                      what a run comes to, before anyone pays for it
 
-`python curriculum.py config/curriculum9.py [--data_dir=...]` prints the plan of a run before anyone pays for it.
-Everything here is a pure function of its arguments: nothing is remembered between steps, so a run resumed at step s
-draws what it would have drawn, and any number of processes share the same batch.
+All of it pure functions of the configuration; the windows that a stage trains on are dataset.py's.
 """
 
 import bisect
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from config import Config, UserError, load_config, user_errors
+from dataset import open_dataset
 from model import GPTConfig
 
 # The corpus that the table was planned for; the plan is printed for it where there is no dataset.
@@ -143,94 +141,6 @@ def at_length(rows: tuple, max_steps: int, seq_len: int, batch_size: int) -> tup
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Windows over the shards
-
-
-class Split:
-    """The shards of one split, memory-mapped uint16 arrays, as windows of seq_len + 1 tokens."""
-
-    def __init__(self, shards: list[np.ndarray]):
-        self.shards = shards
-
-    def starts(self, seq_len: int) -> np.ndarray:
-        """Per shard, the number of starts whose window stays inside it."""
-        return np.array([max(0, len(shard) - seq_len) for shard in self.shards])
-
-    def tiles(self, seq_len: int) -> np.ndarray:
-        """Per shard, the number of windows that tile it with stride seq_len, so that each target is scored once."""
-        return np.array([(len(shard) - 1) // seq_len for shard in self.shards])
-
-    def random_windows(self, seq_len: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-        """The batch (batch_size, seq_len + 1) of a step: uniform over all starts in all shards."""
-        starts = self.starts(seq_len)
-        numbers = np.random.default_rng((seed, step)).integers(starts.sum(), size=batch_size)
-        return self._read(starts, numbers, 1, seq_len)
-
-    def count(self, seq_len: int, tokens: int) -> int:
-        """How many windows of the tiling an evaluation of so many tokens (0 for all) scores: at least one."""
-        tiles = int(self.tiles(seq_len).sum())
-        return max(1, min(tiles, tokens // seq_len)) if tokens else tiles
-
-    def spread(self, seq_len: int, n: int) -> np.ndarray:
-        """Numbers of n windows, evenly spread over the W that tile the shards: floor(j * W / n)."""
-        return np.arange(n) * self.tiles(seq_len).sum() // n
-
-    def fixed_windows(self, seq_len: int, numbers: np.ndarray) -> np.ndarray:
-        """The windows (len(numbers), seq_len + 1) of these numbers of the tiling."""
-        return self._read(self.tiles(seq_len), numbers, seq_len, seq_len)
-
-    def _read(self, per_shard: np.ndarray, numbers: np.ndarray, stride: int, seq_len: int) -> np.ndarray:
-        """The windows of these numbers, counted through all shards, when shard i holds per_shard[i] of them."""
-        ends = np.cumsum(per_shard)
-        which = np.searchsorted(ends, numbers, side="right")
-        starts = (numbers - (ends - per_shard)[which]) * stride
-        windows = np.empty((len(numbers), seq_len + 1), dtype=np.int64)
-        for row, shard, start in zip(windows, which, starts):
-            row[:] = self.shards[shard][start : start + seq_len + 1]
-        return windows
-
-
-class Dataset(NamedTuple):
-    meta: dict  # meta.json: what prepare_wiki.py wrote of itself
-    train: Split
-    val: Split
-    token_bytes: np.ndarray  # UTF-8 bytes of each token id, for bits per byte
-
-
-def open_dataset(data_dir: str, curriculum: Curriculum) -> Dataset:
-    """The dataset in data_dir, for the lengths of this curriculum.
-
-    Raises UserError if there is none, if it is half-made or damaged (by the shards' sizes), or if a split has no
-    window of some length.
-    """
-    path = Path(data_dir)
-    if not (path / "meta.json").is_file():
-        raise UserError(f"{data_dir} is not a dataset (no meta.json in it): make one with prepare_wiki.py")
-    try:
-        meta = json.loads((path / "meta.json").read_text())
-        shards = {"train": [], "val": []}
-        for shard in meta["shards"]:
-            file, told = path / shard["file"], 2 * shard["tokens"]
-            if file.stat().st_size != told:
-                raise ValueError(f"{file.name} has {file.stat().st_size} bytes, not the {told} that meta.json says")
-            shards[shard["split"]].append(np.memmap(file, np.uint16, "r"))
-        token_bytes = np.load(path / "token_bytes.npy")
-        if token_bytes.shape != (meta["tokenizer"]["vocab_size"],):
-            raise ValueError(f"token_bytes.npy has shape {token_bytes.shape}")
-    except Exception as error:  # json, numpy and zipfile each have their own
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{data_dir} is damaged: {what}; make it again with prepare_wiki.py") from error
-    splits = [Split(shards[name]) for name in ("train", "val")]
-    if meta["tokenizer"]["vocab_size"] > GPTConfig.vocab_size:
-        raise UserError(f"{data_dir} has a vocabulary of {meta['tokenizer']['vocab_size']:,} tokens; the model's has "
-                        f"{GPTConfig.vocab_size:,}")  # fmt: skip
-    for name, split in zip(("train", "val"), splits):
-        if split.tiles(curriculum.max_len).sum() == 0:
-            raise UserError(f"{data_dir}: no {name} shard holds a window of {curriculum.max_len + 1:,} tokens")
-    return Dataset(meta, *splits, token_bytes)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The plan
 
 
@@ -322,7 +232,7 @@ def main() -> None:
     argv = [argument for argument in sys.argv[1:] if not argument.startswith("--speed=")]
     config = load_config(argv)
     if any(argument.startswith("--data_dir=") for argument in argv):
-        dataset = open_dataset(config.data_dir, Curriculum(config.stages, config.max_steps))
+        dataset = open_dataset(config.data_dir, Curriculum(config.stages, config.max_steps).max_len)
         corpus, counts = config.data_dir, dataset.meta["splits"]["train"]
         articles, tokens = counts["articles"], counts["tokens"]
     else:

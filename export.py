@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from tiktoken.load import read_file_cached
 
+from checkpoint import load_model
 from config import CommandLine, UserError, user_errors
 from curriculum import Curriculum, format_table, short
+from dataset import ENDOFTEXT, VOCAB_SIZE, read_meta
 from model import GPT
 from packages import GPT2_URL, gpt2_encoding
-from prepare_wiki import ENDOFTEXT, VOCAB_SIZE, read_meta
-from sample import TEMPERATURE, TOP_K, load_model
+from sample import TEMPERATURE, TOP_K
 from validate import eval_table
 
 QWEN3_NAMES = {"embed.": "embed_tokens.", "blocks.": "layers.", ".attn.": ".self_attn.",

@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from config import UserError
@@ -67,6 +68,13 @@ def gpt2_encoding() -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot get the GPT-2 vocabulary by way of {cache}: {error}") from error
+
+
+def token_lengths() -> np.ndarray:
+    """UTF-8 bytes of each token, 0 for <|endoftext|>."""
+    encoding = gpt2_encoding()
+    lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.eot_token)]
+    return np.array([*lengths, 0], np.uint16)  # 50256 is the last
 
 
 def sample_files() -> list[Path]:

@@ -39,12 +39,8 @@ from tqdm import tqdm
 
 from articles import Piece, find_files, group, kind_of, pieces
 from config import CommandLine, UserError, user_errors
-from packages import SAMPLE, gpt2_encoding, sample_files, write_atomically
-
-VOCAB_SIZE = 50257
-ENDOFTEXT = 50256
-SPLITS = ("train", "val")
-
+from dataset import ENDOFTEXT, SPLITS, VOCAB_SIZE, read_meta, verify
+from packages import SAMPLE, gpt2_encoding, sample_files, token_lengths, write_atomically
 
 # --------------------------------------------------------------------------------------------------------------------
 # A piece's tokens
@@ -256,12 +252,6 @@ def write_shard(path: Path, parts: np.ndarray, targets: list[str]) -> str:
     return sha256.hexdigest()
 
 
-def token_lengths() -> np.ndarray:
-    """UTF-8 bytes of each token, 0 for <|endoftext|>."""
-    encoding = gpt2_encoding()
-    return np.array([len(encoding.decode_single_token_bytes(token)) for token in range(ENDOFTEXT)] + [0], np.uint16)
-
-
 def lock(work: Path) -> None:
     """Keeps other runs out of `work` until this process and its workers have ended. Raises UserError if one is in it
     for more than 5 s: so long may the workers of a killed run take to end."""
@@ -360,55 +350,6 @@ def print_summary(meta: dict, seconds: float) -> None:
     print(f"{sum(totals['tokens'] for totals in meta['splits'].values()) / seconds:,.0f} tokens/s")
 
 
-def read_meta(out: Path) -> dict:
-    try:
-        meta = json.loads((out / "meta.json").read_bytes())
-        if not {"splits", "shards", "source", "options"} <= meta.keys():
-            raise ValueError("keys are missing")
-        return meta
-    except FileNotFoundError:
-        raise UserError(f"{out} is not a dataset: there is no meta.json in it") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{out}/meta.json is damaged: {error}") from error
-
-
-def verify(out: Path) -> None:
-    """Recomputes every checksum and count in meta.json. Raises UserError with the first that differs."""
-    meta, lengths = read_meta(out), token_lengths()
-
-    def check(what: str, found: object, told: object) -> None:
-        if found != told:
-            raise UserError(f"{out} is damaged: {what} {found}, and meta.json says {told}")
-
-    on_disk = sorted(path.name for split in SPLITS for path in out.glob(f"{split}_*.bin"))
-    check("it has the shards", on_disk, sorted(shard["file"] for shard in meta["shards"]))
-    try:
-        as_expected = np.array_equal(np.load(out / "token_bytes.npy"), lengths)
-    except (OSError, ValueError, EOFError):
-        as_expected = False
-    if not as_expected:
-        raise UserError(f"{out} is damaged: token_bytes.npy does not hold the lengths of GPT-2's tokens")
-    totals = {split: dict.fromkeys(("articles", "tokens", "bytes"), 0) for split in SPLITS}
-    for shard in tqdm(meta["shards"], unit="shard", disable=None):
-        sha256, size, starts_well = hashlib.sha256(), 0, True
-        with (out / shard["file"]).open("rb") as file:
-            while block := file.read(1 << 24):
-                sha256.update(block)
-                tokens = np.frombuffer(block[: len(block) // 2 * 2], "<u2")
-                starts_well &= size > 0 or tokens[:1] == ENDOFTEXT
-                tokens = np.minimum(tokens, ENDOFTEXT)  # if one is beyond, it is damaged, and the checksum says so
-                counts = int((tokens == ENDOFTEXT).sum()), len(tokens), int(lengths[tokens].sum(dtype=np.int64))
-                for key, count in zip(("articles", "tokens", "bytes"), counts):
-                    totals[shard["split"]][key] += count
-                size += len(block)
-        check(f"{shard['file']} has bytes:", size, 2 * shard["tokens"])
-        check(f"{shard['file']} has the sha256", sha256.hexdigest(), shard["sha256"])
-        if not starts_well:
-            raise UserError(f"{out} is damaged: {shard['file']} does not begin with an article")
-    check("its splits have", totals, meta["splits"])
-    print(f"{out}: {len(meta['shards'])} shards are what meta.json says, in checksums, articles, tokens and bytes")
-
-
 def sources(files: list[Path]) -> list[dict]:
     """What meta.json says of the inputs: each file, but of .txt how many there are in a directory."""
     texts: dict[str, dict] = {}
@@ -446,7 +387,7 @@ def main() -> None:
         raise UserError("give either INPUT files or --sample or --verify DIR")
     if args.verify:
         try:
-            return verify(args.verify)
+            return verify(args.verify, token_lengths())
         except (OSError, LookupError, TypeError) as error:
             raise UserError(f"{args.verify} is damaged: {error!r}") from error
     if not args.sample and not args.out:

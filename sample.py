@@ -20,28 +20,14 @@ import torch
 from tiktoken import Encoding
 from torch import Tensor
 
-from checkpoint import load_checkpoint
+from checkpoint import load_model
 from config import CommandLine, UserError, user_errors
-from curriculum import Curriculum
-from model import GPT, Cache, GPTConfig
+from dataset import ENDOFTEXT, VOCAB_SIZE
+from model import GPT, Cache
 from packages import gpt2_encoding
-from prepare_wiki import ENDOFTEXT, VOCAB_SIZE
 from train import pick_device, pick_dtype
 
 TEMPERATURE, TOP_K = 0.8, 200  # unless asked otherwise; chosen
-
-
-def load_model(path: Path) -> tuple[GPT, dict]:
-    """The model of a checkpoint and all that is in it. Raises UserError if there is none.
-
-    The model's max_seq_len is the longest window it was trained on: stages that the run had not reached do not count.
-    """
-    state = load_checkpoint(path)
-    config = state["config"]
-    trained = Curriculum(config["stages"], max(1, state["step"])).stages
-    model = GPT(GPTConfig(config["n_layer"], config["n_head"], config["n_embd"]), max(s.seq_len for s in trained))
-    model.load_state_dict(state["model"])
-    return model.eval(), state
 
 
 def hold_in(dtype: torch.dtype, model: GPT) -> torch.autocast:

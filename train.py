@@ -2,7 +2,7 @@
 
     python train.py config/curriculum9.py --data_dir=data/wiki --out_dir=out/curriculum9 [--key=value ...]
 
-Each step draws its windows (curriculum.py), runs them forward and backward in parts of at most micro_batch_tokens,
+Each step draws its windows (dataset.py), runs them forward and backward in parts of at most micro_batch_tokens,
 clips the gradient and updates the weights. Around the steps: validation and early stopping (validate.py),
 checkpoints and the log (checkpoint.py). The same command with --resume=True goes on where a stopped or killed run
 was, exactly. `torchrun --nproc_per_node=N train.py ...` makes the same run on N processes (parallel.py).
@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from checkpoint import open_best, open_run, save_checkpoint
 from config import Config, UserError, load_config, user_errors
-from curriculum import PEAK_FLOPS, Curriculum, Split, expected_ppl, learning_rate, open_dataset
+from curriculum import PEAK_FLOPS, Curriculum, expected_ppl, learning_rate
+from dataset import Split, open_dataset
 from model import GPT, GPTConfig
 from parallel import Processes, join_processes, memory_errors, parts, smaller_parts, to_device
 from validate import Best, Score, Stopped, eval_table, report, score_lengths, score_windows, summary
@@ -208,7 +209,7 @@ def train(config: Config, team: Processes | None = None) -> int:
                             f"{curriculum.max_len}")  # fmt: skip
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
-        dataset = open_dataset(config.data_dir, curriculum)
+        dataset = open_dataset(config.data_dir, curriculum.max_len)
         token_bytes = torch.from_numpy(dataset.token_bytes.astype(np.int64)).to(device)
         with memory_errors("the model does not fit"):
             model, optimizers, loss_of, score_of = set_up(config, curriculum.max_len, device, dtype)

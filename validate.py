@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config, UserError
-from curriculum import Split, format_table
+from curriculum import format_table
+from dataset import Split
 from parallel import Processes, memory_errors, parts, smaller_parts, to_device
 
 

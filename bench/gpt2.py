@@ -64,7 +64,15 @@ class GPT2(nn.Module):
             x = block(x)
         return F.linear(self.norm(x), self.embed.weight)
 
-    loss, score = GPT.loss, GPT.score  # of the logits, the same for any model
+    def loss(self, windows: Tensor) -> Tensor:
+        """As GPT.loss, but from the logits, as nanoGPT has it."""
+        return F.cross_entropy(self(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+
+    def score(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """As GPT.score."""
+        logits, targets = self(windows[:, :-1]), windows[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.view_as(targets), logits.argmax(-1) == targets
 
 
 def nanogpt_optimizer(model: GPT2) -> torch.optim.Optimizer:

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from config import Config, curriculum9, user_errors  # noqa: E402
-from curriculum import Curriculum, format_table, open_dataset  # noqa: E402
+from curriculum import Curriculum, format_table  # noqa: E402
+from dataset import open_dataset  # noqa: E402
 from parallel import Processes, join_processes  # noqa: E402
 from train import set_up, train_step  # noqa: E402
 
@@ -34,7 +35,7 @@ def gradients(data_dir: str, team: Processes) -> list[dict]:
     table = tuple((step, *shape, 1.0) for step, shape in enumerate(SHAPES))
     config = Config(**MODEL, data_dir=data_dir, stages=table, grad_clip=0.0)
     curriculum = Curriculum(table, len(table))
-    dataset = open_dataset(data_dir, curriculum)
+    dataset = open_dataset(data_dir, curriculum.max_len)
     model, optimizers, loss_of, _ = set_up(config, curriculum.max_len, torch.device("cpu"), torch.float32)
     grads = []
     for optimizer in optimizers:

@@ -35,8 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.gpt2 import GPT2, LearnedPositions, nanogpt_optimizer  # noqa: E402
 from config import CommandLine, Config, UserError, curriculum9, user_errors  # noqa: E402
-from curriculum import Curriculum, Split, format_table, learning_rate, open_dataset  # noqa: E402
-from train import make_optimizers, parts, pick_device, pick_dtype, set_up, to_device, train_step  # noqa: E402
+from curriculum import Curriculum, format_table, learning_rate  # noqa: E402
+from dataset import Split, open_dataset  # noqa: E402
+from parallel import parts, to_device  # noqa: E402
+from train import make_optimizers, pick_device, pick_dtype, set_up, train_step  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------------------
 # The experiments, in the order of their worth. A variant gives what differs from BASE.
@@ -106,7 +108,7 @@ EXPERIMENTS = {
 
 LAST_LEN = curriculum9.stages[-1][1]
 WARM = 10  # steps of warmup at a change of length: chosen
-POINTS = 20  # evaluations of a run, evenly spread over its steps, besides the one before the first
+POINTS = 10  # evaluations of a run, evenly spread over its steps, besides the one before the first
 OFFSETS = (0, 1, 2, 4, 8, 16, 32)  # steps after a change of length at which it is watched
 
 
@@ -249,7 +251,7 @@ def token_losses(score_of, windows: np.ndarray, seq_len: int, device: torch.devi
 
 def train_run(run: dict, args: argparse.Namespace) -> dict:
     """The results of a run: `points` through it, `changes` of length if watched, and all there is to say at its end."""
-    dataset = open_dataset(args.data_dir, Curriculum(((0, LAST_LEN, 1, 1.0),), 1))
+    dataset = open_dataset(args.data_dir, LAST_LEN)
     train, articles = fold_of(dataset.train.shards, run["seed"] % run["folds"], run["folds"], run["long"])
     held_out, owners = tiles(articles)
     val = dataset.val.fixed_windows(LAST_LEN, np.arange(dataset.val.count(LAST_LEN, 0)))

@@ -26,9 +26,9 @@ from transformers.utils import logging  # noqa: E402
 
 from config import CommandLine, user_errors  # noqa: E402
 from curriculum import format_table  # noqa: E402
+from dataset import ENDOFTEXT  # noqa: E402
 from export import write_model  # noqa: E402
 from model import GPT, Cache, GPTConfig  # noqa: E402
-from prepare_wiki import ENDOFTEXT  # noqa: E402
 from sample import draw, generate, hold_in  # noqa: E402
 from train import pick_device  # noqa: E402
 

@@ -1,12 +1,13 @@
 """From `python train.py` to its first step, and what a run waits for beside its steps.
 
-    python bench/start.py config/curriculum9.py --data_dir=data/sample [--key=value ...]
+    python bench/start.py config/demo.py [--n_layer=12 --n_head=12 --n_embd=768] [--key=value ...]
 
 Starts the run twice as a user would, stage table and all, in one folder for the compiler's caches: first an empty one
 (cold), then as it was left (warm). Each is killed at its first step in the log, and timed from its start; evaluations
 before the first step score one window. Then, in this process, every stage's shape by turns: the first step of a stage
 beyond an ordinary one (compiled anew only where it must), the time that making a batch takes, and what scoring a token
-costs; and of all evaluations of a run over the planned corpus, their share of its time.
+costs. Where the configuration's lengths are curriculum9's, these costs make the share that evaluations have of
+curriculum9's time on the planned corpus.
 """
 
 import os
@@ -19,6 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from config import load_config  # noqa: E402
+from curriculum import Curriculum, format_table  # noqa: E402
+from dataset import Split, open_dataset  # noqa: E402
 
 HELD_OUT = 46_000_000  # tokens of the plan's 11,888 held-out articles (design: 920M tokens, 5 %)
 
@@ -45,14 +50,12 @@ def stage_costs(argv: list[str]) -> None:
     import torch
 
     import train
-    from config import load_config
-    from curriculum import Curriculum, Split, format_table, open_dataset
     from parallel import Processes
     from validate import score_windows
 
     config = load_config(argv)
     curriculum = Curriculum(config.stages, config.max_steps)
-    dataset = open_dataset(config.data_dir, curriculum)
+    dataset = open_dataset(config.data_dir, curriculum.max_len)
     device = train.pick_device(config.device)
     dtype = train.pick_dtype(config.dtype, device)
     model, optimizers, loss_of, score_of = train.set_up(config, curriculum.max_len, device, dtype)
@@ -92,14 +95,24 @@ def stage_costs(argv: list[str]) -> None:
     print(format_table(header, rows))
     print(f"a stage change beyond a step: {statistics.median(beyond[1:]):.2f} s, at most {max(beyond[1:]):.2f} s")
 
-    run = sum(stage.tokens * cost for stage, cost in zip(curriculum.stages, train_s))
-    evaluations = 0.0
-    for step_number in range(config.max_steps + 1):
-        if step_number % config.eval_interval == 0 or curriculum.ends_stage(step_number):
-            scored = HELD_OUT if step_number == config.max_steps or not config.eval_tokens else config.eval_tokens
-            at = curriculum.index(max(0, step_number - 1))
-            evaluations += 1.25 * scored * score_s[at] + 0.25 * (config.eval_tokens or HELD_OUT) * score_s[-1]
-    print(f"evaluations of a run on the planned corpus: {evaluations / (run + evaluations):.2%} of its time")
+    lengths = [stage.seq_len for stage in curriculum.stages]
+    plan = load_config([str(ROOT / "config/curriculum9.py")])
+    if {row[1] for row in plan.stages} <= set(lengths):
+        share = evaluation_share(plan, dict(zip(lengths, train_s)), dict(zip(lengths, score_s)))
+        print(f"evaluations at the default interval, for curriculum9 on the planned corpus: {share:.2%} of its time")
+
+
+def evaluation_share(config, train_s: dict[int, float], score_s: dict[int, float]) -> float:
+    """Of a run on the planned corpus, from the seconds that a token of each length takes to train on and to score."""
+    curriculum = Curriculum(config.stages, config.max_steps)
+    training = sum(stage.tokens * train_s[stage.seq_len] for stage in curriculum.stages)
+    scoring = 0.0
+    for step in range(config.max_steps + 1):
+        if step % config.eval_interval == 0 or curriculum.ends_stage(step):
+            scored = HELD_OUT if step == config.max_steps else config.eval_tokens
+            scoring += 1.25 * scored * score_s[curriculum.at(max(0, step - 1)).seq_len]  # and a quarter: train_loss
+            scoring += 0.25 * config.eval_tokens * score_s[curriculum.last_len]
+    return scoring / (training + scoring)
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import load_config, user_errors
-from curriculum import Curriculum, open_dataset
+from curriculum import Curriculum
+from dataset import open_dataset
 from train import pick_device, pick_dtype, set_up, train_step
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     curriculum = Curriculum(config.stages, config.max_steps)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    dataset = open_dataset(config.data_dir, curriculum)
+    dataset = open_dataset(config.data_dir, curriculum.max_len)
     model, optimizers, loss_of, _ = set_up(config, curriculum.max_len, device, dtype)
     print(f"{model.config.n_params / 1e6:.1f}M parameters, {config.optimizer}, {dtype}, {device}, "
           f"{torch.get_num_threads()} threads, parts of {config.micro_batch_tokens:,} tokens")  # fmt: skip

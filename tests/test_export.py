@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, 
 import export
 import train
 from config import Config, user_errors
+from dataset import ENDOFTEXT, VOCAB_SIZE
 from model import GPT, GPTConfig
 from packages import gpt2_encoding
-from prepare_wiki import ENDOFTEXT, VOCAB_SIZE
 
 STAGES = ((0, 64, 4, 1.0), (8, 256, 1, 0.5), (11, 2048, 1, 0.25), (99, 2048, 1, 1.0))  # the last is never reached
 

@@ -108,8 +108,9 @@ def test_flops_are_the_models_own():
     assert recipe.flops_per_token(learned, 128) == config.flops_per_token(128)
 
 
-def test_learned_positions_take_part_in_logits_loss_and_score_alike():
-    model = recipe.LearnedPositions(GPTConfig(1, 2, 32, vocab_size=300), 16)
+@pytest.mark.parametrize("kind", [recipe.GPT2, recipe.LearnedPositions])
+def test_learned_positions_take_part_in_logits_loss_and_score_alike(kind):
+    model = kind(GPTConfig(1, 2, 32, vocab_size=300), 16)
     model.init_weights(0)
     windows = torch.randint(300, (2, 13), generator=torch.Generator().manual_seed(1))
     expected = torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten(),

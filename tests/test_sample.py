@@ -12,11 +12,12 @@ from torch import Tensor
 
 import sample
 import train
+from checkpoint import load_model
 from config import Config, user_errors
+from dataset import ENDOFTEXT, VOCAB_SIZE
 from model import GPT, Cache, GPTConfig
 from packages import gpt2_encoding
-from prepare_wiki import ENDOFTEXT, VOCAB_SIZE
-from sample import InOrder, draw, generate, hold_in, load_model, next_probabilities
+from sample import InOrder, draw, generate, hold_in, next_probabilities
 
 RUN = {"n_layer": 1, "n_head": 2, "n_embd": 32, "learning_rate": 1e-2, "warmup_steps": 0, "eval_tokens": 512}
 RUN |= {"device": "cpu", "dtype": "float32", "compile": False}
