@@ -42,7 +42,7 @@ def parse_line(line: bytes, title_in_xml: bool = False) -> Record:
     if not line.strip():
         return None
     try:
-        record = json.loads(line.decode())
+        record = json.loads(line.decode("utf-8-sig"))  # some editors mark UTF-8 with three bytes at a file's start
         title, text = record["title"], record["text"]
         if not (isinstance(title, str) and isinstance(text, str) and title.strip()):
             return "without a title and a text"
@@ -72,9 +72,7 @@ def read_line(file, path: Path) -> bytes:
 def read_range(path: Path, start: int, stop: int) -> Iterator[Record]:
     """The records on the lines that begin in these bytes of a file."""
     with path.open("rb") as file:
-        if start == 0:
-            file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # what some editors mark UTF-8 with
-        else:
+        if start:
             file.seek(start - 1)
             read_line(file, path)
         at = file.tell()

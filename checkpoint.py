@@ -23,19 +23,18 @@ from curriculum import Curriculum
 from model import GPT, GPTConfig
 
 # What may differ between a checkpoint and the run that goes on from it; anything else would make it another run.
-MAY_CHANGE = {"data_dir", "out_dir", "resume", "eval_only", "max_steps", "plan_ppl", "phases", "micro_batch_tokens"}
-MAY_CHANGE |= {"device", "dtype", "compile", "eval_interval", "eval_tokens", "patience", "checkpoint_interval"}
-MAY_CHANGE |= {"log_interval"}
+MAY_CHANGE = set("data_dir out_dir resume eval_only max_steps plan_ppl phases micro_batch_tokens device dtype compile "
+                 "eval_interval eval_tokens patience checkpoint_interval log_interval".split())  # fmt: skip
 
 # What a checkpoint holds: best.pt the first three, last.pt and prev.pt all.
 MODEL_KEYS = {"config", "step", "model"}
-RUN_KEYS = MODEL_KEYS | {"optimizers", "scaler", "time_s", "best", "skipped"}
+RUN_KEYS = MODEL_KEYS | {"optimizers", "scaler", "time_s", "best"}
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes state beside path, makes it durable, and only then gives it the name; last.pt becomes prev.pt.
 
-    Raises OSError where that fails: then path is as it was.
+    Raises OSError where that fails: what path held is then still there, as path or as prev.pt.
     """
     temporary = path.with_suffix(".tmp")
     try:
@@ -212,8 +211,11 @@ def open_best(config: Config) -> dict:
 
 
 def open_run(config: Config) -> tuple[dict | None, Log]:
-    """The checkpoint that the run goes on from, with `kept_eval`, the evaluation after it if that is in the log (None
-    for a new run), and its log. Raises UserError if out_dir holds another run, or one that resume does not ask for."""
+    """The checkpoint that the run goes on from (None for a new run) and its log. `kept_eval` in the checkpoint is the
+    log's evaluation at its step, or None.
+
+    Raises UserError if out_dir holds another run, or one that resume does not ask for.
+    """
     out_dir = Path(config.out_dir)
     used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if (out_dir / name).exists()]
     if used and not config.resume:
@@ -222,7 +224,7 @@ def open_run(config: Config) -> tuple[dict | None, Log]:
     if not state:
         return None, Log(out_dir / "log.jsonl", 0, keep_eval=False)
     check_same_run(config, state)
-    same = state["config"] | {"resume": True} == dataclasses.asdict(config)
+    same = (state["config"] | {"resume": True}) == dataclasses.asdict(config)
     log = Log(out_dir / "log.jsonl", state["step"], keep_eval=same)
     kept = [record for record in log.evaluations() if record["step"] == state["step"]]
     return state | {"kept_eval": kept[0] if kept else None}, log

@@ -6,7 +6,7 @@
                   -> print_plan       `python curriculum.py config/curriculum9.py [--data_dir=...] [--speed=...]`:
                                       what a run comes to, before anyone pays for it
 
-All of it pure functions of the configuration; the windows that a stage trains on are dataset.py's.
+Everything above the plan is a pure function of the configuration. The windows that a stage trains on are dataset.py's.
 """
 
 import bisect
@@ -117,7 +117,8 @@ def learning_rate(config: Config, stage: Stage, step: int) -> float:
 def expected_ppl(plan_ppl: tuple, step: int) -> float | None:
     """What the plan expects of validation perplexity after `step` steps.
 
-    Linear in log(step) and log(perplexity) between the plan's points; None before the first and without any.
+    Linear in log(step) and log(perplexity) between the plan's points, constant after the last; None before the first
+    and where there are no points.
     """
     if not plan_ppl or step < plan_ppl[0][0]:
         return None
@@ -137,7 +138,8 @@ def at_length(rows: tuple, max_steps: int, seq_len: int, batch_size: int) -> tup
     """The same tokens and learning rates in batches of one size: rows that start where the tokens do, and max_steps."""
     curriculum = Curriculum(rows, max_steps)
     ends = [round(curriculum.tokens_before(stage.end) / (seq_len * batch_size)) for stage in curriculum.stages]
-    return tuple((step, seq_len, batch_size, row[3]) for step, row in zip([0, *ends], rows)), ends[-1]
+    stages = zip([0, *ends], curriculum.stages)
+    return tuple((step, seq_len, batch_size, stage.lr_scale) for step, stage in stages), ends[-1]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
                     Split.fixed_windows         what an evaluation scores
     data_dir     -> verify                      every checksum and count recomputed
 
-Windows are a pure function of their arguments: nothing is remembered between steps, so a run resumed at step s draws
-what it would have drawn, and any number of processes share the same batch.
+Windows cross from one article into the next. They are a pure function of their arguments: nothing is remembered between
+steps, so a run resumed at step s draws what it would have drawn, and any number of processes share the same batch.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Split:
         return np.array([max(0, len(shard) - seq_len) for shard in self.shards])
 
     def tiles(self, seq_len: int) -> np.ndarray:
-        """Per shard, the number of windows that tile it with stride seq_len, so that each target is scored once."""
+        """Per shard, the number of windows that tile it with stride seq_len: each target once, but for the last few."""
         return np.array([(len(shard) - 1) // seq_len for shard in self.shards])
 
     def random_windows(self, seq_len: int, batch_size: int, seed: int, step: int) -> np.ndarray:

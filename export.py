@@ -44,21 +44,15 @@ are plain characters. The ids {vocab} to {last} only pad the vocabulary. They ar
 below were computed with; `generation_config.json` keeps them from being generated.
 
 ## Curriculum
-
 ```
 {stages}
 ```
 
 ## Data
-
-{data}
-
-The text of Wikipedia is under CC BY-SA (https://creativecommons.org/licenses/by-sa/4.0/).
+{data}. The text of Wikipedia is under CC BY-SA (https://creativecommons.org/licenses/by-sa/4.0/).
 
 ## Validation
-
 On held-out articles, in nats per token; the last row is this model. `last len` is at windows of {last_len:,} tokens.
-
 ```
 {evaluations}
 ```
@@ -76,11 +70,9 @@ def write_model(folder: Path, model: GPT) -> None:
         head_dim=config.head_dim, max_position_embeddings=model.max_seq_len, rms_norm_eps=config.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_base}, tie_word_embeddings=True,
         bos_token_id=ENDOFTEXT, eos_token_id=ENDOFTEXT))  # fmt: skip
-    weights = {}
-    for name, weight in model.state_dict().items():
-        for ours, theirs in QWEN3_NAMES.items():
-            name = name.replace(ours, theirs)
-        weights[name] = weight
+    weights = model.state_dict()
+    for ours, theirs in QWEN3_NAMES.items():
+        weights = {name.replace(ours, theirs): weight for name, weight in weights.items()}
     qwen3.model.load_state_dict(weights)  # the head is the embedding
     qwen3.generation_config = GenerationConfig(
         do_sample=True, temperature=TEMPERATURE, top_k=TOP_K, bos_token_id=ENDOFTEXT, eos_token_id=ENDOFTEXT,
@@ -132,8 +124,8 @@ def largest_difference(folder: Path, model: GPT) -> float:
 
     tokens = torch.randint(VOCAB_SIZE, (1, model.max_seq_len), generator=torch.Generator().manual_seed(0))
     ours, theirs = model(tokens), AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
-    difference, largest = (theirs - ours).abs().max().item(), ours.abs().max().item()
-    assert difference < 1e-2 * largest, f"transformers' logits differ by {difference}"  # rounding makes 1e-4 of it
+    difference = (theirs - ours).abs().max().item()
+    assert difference < 1e-2 * ours.abs().max(), f"transformers' logits differ by {difference}"  # rounding: 1e-4 of it
     return difference
 
 
@@ -167,7 +159,7 @@ def main() -> None:
                     os.fsync(file.fileno())
             folder.rename(args.to)
     except OSError as error:
-        raise UserError(f"cannot write {args.to}: {error.strerror}") from error
+        raise UserError(f"cannot write {args.to}: {error.strerror or error}") from error
     print(f"{args.to}: the logits of transformers differ from ours by at most {difference:.1e}")
 
 

@@ -1,4 +1,4 @@
-"""The head and its loss: cross-entropy over 50,304 words, four fifths of a small model's work and most of its memory.
+"""The head and its loss: cross-entropy over 50,304 tokens, most of a small model's work and of its memory.
 
     cross_entropy(x, weight, targets)    to train by: the sum over targets, in parts of the vocabulary
     score_targets(x, weight, targets)    to validate by: each target's, and whether it was the model's first choice
@@ -46,8 +46,8 @@ class CrossEntropy(torch.autograd.Function):
         weight = weight.to(x.dtype)
         parts = weight.split(CrossEntropy.VOCAB_PART)
         sizes = [len(x) * len(part) for part in parts]
-        exps = [e.view(len(x), -1) for e in x.new_empty(sum(sizes)).split(sizes)]  # one block of memory for all
-        logits = torch.empty_like(exps[0])  # and one for each in turn
+        exps = [e.view(len(x), -1) for e in x.new_empty(sum(sizes)).split(sizes)]  # one block of memory for all parts
+        logits = torch.empty_like(exps[0])  # and one that each uses in turn
         largest, sums = torch.empty(2, len(parts), len(x), device=x.device)
         for i, (part, exp) in enumerate(zip(parts, exps)):
             logits = torch.mm(x, part.t(), out=logits[:, : len(part)])
@@ -61,11 +61,11 @@ class CrossEntropy(torch.autograd.Function):
         x, weight, targets, scales, *exps = ctx.saved_tensors
         grad_x = weight[targets].float() * -grad
         grad_weight = torch.empty_like(weight, dtype=torch.float32)
-        x32 = x.t().contiguous().float()  # laid out as it is multiplied: a sixth of the backward pass
+        x32 = x.t().contiguous().float()  # laid out as it is multiplied: saves a sixth of the backward pass
         parts = zip(exps, weight.split(CrossEntropy.VOCAB_PART), grad_weight.split(CrossEntropy.VOCAB_PART))
-        for part, (exp, weight_part, grad_part) in zip(scales * grad, parts):
-            grad_x.addcmul_(exp @ weight_part, part[:, None])
-            grad_part.copy_(((x32 * part).to(x.dtype) @ exp).t())  # exp as the right factor: it is not transposed
+        for scale, (exp, weight_part, grad_part) in zip(scales * grad, parts):
+            grad_x.addcmul_(exp @ weight_part, scale[:, None])
+            grad_part.copy_(((x32 * scale).to(x.dtype) @ exp).t())  # exp as the right factor: it is not transposed
         grad_weight.index_add_(0, targets, x.float() * -grad)
         return grad_x.to(x.dtype), grad_weight, None
 

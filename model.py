@@ -1,4 +1,4 @@
-"""The GPT: what one token sees, and what it costs.
+"""The GPT: its layers, its first weights, what a token costs, and the cache for generating. Positions are `rotate`.
 
     tokens (B, T) -> embedding (B, T, C) -> n_layer x [ x += attention(norm(x)); x += mlp(norm(x)) ] -> norm
                   -> logits (B, T, V), by the embedding's own weights
@@ -81,7 +81,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with the norms of queries and keys held to one (QK-norm, Henry et al. 2020)."""
+    """Causal self-attention; queries and keys pass an RMSNorm over each head (QK-norm, Henry et al. 2020)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x (B, T, C) seen by itself, or by all of past: keys and values (B, H, T', D) that x is the last T of."""
+        """x (B, T, C) attends to itself or, given past, to keys and values (B, H, T', D): their last T are made x's."""
         B, T, C = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
@@ -139,7 +139,7 @@ class Block(nn.Module):
 class Cache:
     """Every layer's keys and values of the `length` tokens seen so far, so that the next one costs only itself.
 
-    In float32 whatever the type of the matrix products: nothing is rounded on the way, and a CPU is faster at the
+    In float32 whatever the type of the matrix products: nothing is rounded a second time, and a CPU is faster at the
     attention of a single query in float32 than in bfloat16.
     """
 
@@ -201,7 +201,7 @@ class GPT(nn.Module):
         T is 1 unless the cache is empty: several further tokens would see each other's future.
         """
         start, end = cache.length, cache.length + tokens.shape[1]
-        assert start == 0 or end == start + 1
+        assert (start == 0 or end == start + 1) and end <= cache.keys.shape[3]
         x = self.embed(tokens).float()
         for block, keys, values in zip(self.blocks, cache.keys, cache.values):
             x = block(x, self.cos[start:end], self.sin[start:end], (keys[:, :, :end], values[:, :, :end]))

@@ -119,7 +119,7 @@ class Processes:
         return UserError(message) if self.rank == 0 else SystemExit(2)
 
     def wait(self) -> None:
-        """Until all are here: torchrun ends all processes when one exits with a status that is not 0."""
+        """Waits for all: if one exited early with a status that is not 0, torchrun would end the others."""
         if self.count > 1:
             dist.all_reduce(torch.zeros(1))
 

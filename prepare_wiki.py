@@ -55,8 +55,8 @@ PART = re.compile(rf"(?s).{{1,{MAX_CHARACTERS}}}(?<=\S)(?=[ \n])")
 
 def in_parts(text: str) -> Iterator[str]:
     """A long text in parts with the tokens of the whole: a word of GPT-2's pattern never goes on from a character that
-    is no space to one that is. (A single word or gap that is longer than a part is cut anywhere, and decodes to the
-    same text.) tiktoken's pattern fails on a million spaces, and its merges take 50 bytes for each of a word's.
+    is no space to one that is. (A single word or gap longer than a part is cut anywhere: its tokens may differ, not its
+    text.) tiktoken's pattern fails on a million spaces, and its merges take 50 bytes for each of a word's.
     """
     start = 0
     while len(text) - start > MAX_CHARACTERS:
@@ -95,7 +95,8 @@ def tokenize_piece(piece: Piece, target: str, seed: int) -> None:
                 continue
             if isinstance(record, str):
                 skipped[record] += 1
-                first += [(number, record)] * (len(first) < 5)
+                if len(first) < 5:
+                    first.append((number, record))
                 continue
             title, text = record
             if not text.strip():  # wikiextractor drops lists: of "List of anthropologists" nothing stays
@@ -133,8 +134,7 @@ def tokenize(groups: list[list[Path]], work: Path, seed: int, workers: int) -> l
     """Tokenizes whatever piece is not finished in `work`. Returns the first file of each group, with the paths of its
     pieces less .bin and .npz, in order.
 
-    A piece's name says which part of which file it is, with the file's size and time, and the seed. A process is
-    forked per worker, which hands it the vocabulary, and at once, before a reader starts a thread.
+    A piece's name says which part of which file it is, with the file's size and time, and the seed.
     """
     gpt2_encoding()
     tqdm.monitor_interval = 0  # no thread of its own before the fork
@@ -144,7 +144,7 @@ def tokenize(groups: list[list[Path]], work: Path, seed: int, workers: int) -> l
         tqdm(unit=" tokens", unit_scale=True, disable=None) as progress,
         ProcessPoolExecutor(workers, mp_context=fork, initializer=end_with_parent) as pool,
     ):
-        pool.submit(os.getpid)
+        pool.submit(os.getpid)  # forks all workers now: they share the vocabulary, and no thread runs yet
 
         def finish(at_most: int) -> None:
             """Wait until no more than so many pieces are being worked on."""
@@ -285,6 +285,7 @@ def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max
             empty += report["empty"]
             skipped.update(report["skipped"])
             any_article |= os.path.getsize(f"{target}.bin") > 0
+        # Not what it was taken for, unless --max_skipped=1 says that none of its records need be an article.
         if not any_article and not empty and (not records or max_skipped < 1):
             hints = first_here + ["wikiextractor finds none without <siteinfo>"] * (".xml" in path.name)
             raise UserError(f"{path}: no article in it" + "".join(f" ({hint})" for hint in hints[:1]))

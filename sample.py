@@ -13,7 +13,6 @@ import codecs
 import math
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ TEMPERATURE, TOP_K = 0.8, 200  # unless asked otherwise; chosen
 
 
 def hold_in(dtype: torch.dtype, model: GPT) -> torch.autocast:
-    """Converts the matrices, once: autocast, which is returned to compute under, would do it for every token."""
+    """Converts the matrices once, and returns the autocast to compute under: that would convert them for each token."""
     for weight in model.parameters():
         if weight.ndim == 2:
             weight.data = weight.data.to(dtype)
@@ -69,10 +68,9 @@ def generate(model: GPT, prompt: list[int], n: int, samples: int, choose: Callab
     for _ in range(min(n, model.max_seq_len - len(prompt))):
         chosen = choose(model.extend(cache, tokens.to(cache.keys.device))).masked_fill(ended, ENDOFTEXT)
         yield chosen.tolist()
-        ended = chosen == ENDOFTEXT
+        tokens, ended = chosen[:, None], chosen == ENDOFTEXT
         if ended.all():
             break
-        tokens = chosen[:, None]
 
 
 class InOrder:
@@ -136,13 +134,11 @@ def main() -> None:
     room = model.max_seq_len - len(tokens)
     if room < 1:
         raise UserError(f"the prompt has {len(tokens)} tokens; the model was trained on windows of {model.max_seq_len}")
-    choose = partial(draw, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                     generator=torch.Generator().manual_seed(args.seed))  # fmt: skip
+    how = args.temperature, args.top_k, args.top_p, torch.Generator().manual_seed(args.seed)
     texts = InOrder(["", *[f"\n\n--- {number} ---\n\n{text}" for number in range(2, args.samples + 1)]], encoding)
-    chosen = []
     print(text, end="", flush=True)
     with hold_in(dtype, model.to(device)):
-        for chosen in generate(model, tokens, args.max_new_tokens, args.samples, choose):
+        for chosen in generate(model, tokens, args.max_new_tokens, args.samples, lambda logits: draw(logits, *how)):
             print(texts.add(chosen), end="", flush=True)
     print(texts.add([ENDOFTEXT] * args.samples))
     if room < args.max_new_tokens and any(token != ENDOFTEXT for token in chosen):

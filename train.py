@@ -2,10 +2,11 @@
 
     python train.py config/curriculum9.py --data_dir=data/wiki --out_dir=out/curriculum9 [--key=value ...]
 
-Each step draws its windows (dataset.py), runs them forward and backward in parts of at most micro_batch_tokens,
-clips the gradient and updates the weights. Around the steps: validation and early stopping (validate.py),
-checkpoints and the log (checkpoint.py). The same command with --resume=True goes on where a stopped or killed run
-was, exactly. `torchrun --nproc_per_node=N train.py ...` makes the same run on N processes (parallel.py).
+Each step takes its stage's row (curriculum.py), draws so many windows (dataset.py), runs them forward and backward
+(model.py, loss.py) in parts of at most micro_batch_tokens, clips the gradient and updates the weights. Around the
+steps: validation and early stopping (validate.py), checkpoints and the log (checkpoint.py). The same command with
+--resume=True goes on where a stopped or killed run was, exactly. `torchrun --nproc_per_node=N train.py ...` makes the
+same run on N processes (parallel.py).
 """
 
 import ctypes
@@ -90,7 +91,8 @@ def train_step(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    # The step's one wait for the GPU. Behind the optimizers it would hide their launches; here, the next step's.
+    # The step's one wait for the GPU. Here, the next step is launched while the optimizers run; after them, it would
+    # be launched while nothing runs.
     loss, *flags, grad_norm = torch.cat((sums, grad_norm[None])).tolist()
     if team.heed(flags):
         raise team.error(f"out of memory: {advice}")
@@ -198,7 +200,7 @@ def set_up(
 
 
 def train(config: Config, team: Processes | None = None) -> int:
-    """The run that config describes, or what it made of its model. Returns 0, or the signal that stopped it."""
+    """Trains as config says or, with eval_only, scores best.pt. Returns 0, or the signal that stopped it."""
     team = team or Processes()
     out_dir = Path(config.out_dir)
     state = log = None
@@ -225,14 +227,16 @@ def train(config: Config, team: Processes | None = None) -> int:
             print(report(scores))
         return team.stop
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, time_s, best, skipped, kept_eval = 0, 0.0, Best(), 0, None  # skipped: so many of the last steps, in a row
+    step, time_s, best = 0, 0.0, Best()
+    skipped = 0  # so many of the last steps, in a row; a checkpoint is of a step that was not
+    kept_eval = None  # the evaluation after this step, where the log has it already
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if state["scaler"]:  # empty if it was not float16 until now
             scaler.load_state_dict(state["scaler"])
-        step, time_s, best, skipped = state["step"], state["time_s"], Best(*state["best"]), state["skipped"]
+        step, time_s, best = state["step"], state["time_s"], Best(*state["best"])
         kept_eval = state["kept_eval"]
         print(f"going on from step {step:,} of {out_dir}")
     saved_step = step if state else None
@@ -259,8 +263,7 @@ def train(config: Config, team: Processes | None = None) -> int:
         if skipped:  # weights that gave no finite loss replace none that did
             return
         states = [optimizer.state_dict() for optimizer in optimizers]
-        if save("last.pt", optimizers=states, scaler=scaler.state_dict(), time_s=time_s, best=tuple(best),
-                skipped=skipped):  # fmt: skip
+        if save("last.pt", optimizers=states, scaler=scaler.state_dict(), time_s=time_s, best=tuple(best)):
             saved_step = step
 
     def write(record: dict) -> None:

@@ -1,4 +1,4 @@
-"""Validation: how good a model is on windows that it was not trained on, and what follows from it.
+"""Validation: how good a model is on held-out windows, and what follows from it.
 
     windows of a split -> score_windows -> Score     loss, accuracy, bits per byte of a model at one length
     the run's losses   -> Best                       whether this one is a new best, and when to stop early
@@ -96,7 +96,10 @@ def score_windows(
 
 
 class Best(NamedTuple):
-    """What early stopping remembers: the best validation loss of the current length, and evaluations without it."""
+    """What early stopping remembers: the best validation loss of the current length, and evaluations without it.
+
+    train.py stops once bad_evals is more than config.patience.
+    """
 
     seq_len: int = 0
     loss: float = math.inf
@@ -147,7 +150,8 @@ def score_lengths(
     """The scores of all windows of a split at each of the table's lengths, ascending, those never reached too."""
     lengths = sorted({row[1] for row in config.stages})
     bar = tqdm(lengths, unit="length", leave=False, dynamic_ncols=True, disable=True if team.rank else None)
-    return {n: score_windows(score_of, split, n, split.count(n, 0), token_bytes, config, team) for n in bar}
+    return {length: score_windows(score_of, split, length, split.count(length, 0), token_bytes, config, team)
+            for length in bar}  # fmt: skip
 
 
 def report(scores: dict[int, Score]) -> str:

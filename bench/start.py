@@ -2,12 +2,12 @@
 
     python bench/start.py config/demo.py [--n_layer=12 --n_head=12 --n_embd=768] [--key=value ...]
 
-Starts the run twice as a user would, stage table and all, in one folder for the compiler's caches: first an empty one
-(cold), then as it was left (warm). Each is killed at its first step in the log, and timed from its start; evaluations
-before the first step score one window. Then, in this process, every stage's shape by turns: the first step of a stage
-beyond an ordinary one (compiled anew only where it must), the time that making a batch takes, and what scoring a token
-costs. Where the configuration's lengths are curriculum9's, these costs make the share that evaluations have of
-curriculum9's time on the planned corpus.
+Starts the run three times as a user would, stage table and all, in one folder for the compiler's caches: first an empty
+one (cold), then as it was left (warm, and again). Each is killed at its first step in the log, and timed from its
+start; evaluations before the first step score one window. Then, in this process, every stage's shape by turns: the
+first step of a stage beyond an ordinary one (compiled anew only where it must), the time that making a batch takes, and
+what scoring a token costs. Where the configuration's lengths are curriculum9's, these costs make the share that
+evaluations have of curriculum9's time on the planned corpus.
 """
 
 import os

@@ -43,7 +43,7 @@ class Config:
     # Where things are
     data_dir: str = "data/wiki"  # a dataset made by prepare_wiki.py
     out_dir: str = "out/run"  # checkpoints and the log
-    resume: bool = False  # go on from out_dir's checkpoint if there is one; without it a used out_dir is refused
+    resume: bool = False  # go on from out_dir's checkpoint if there is one; if False, a used out_dir is refused
     eval_only: bool = False  # do not train: score out_dir's best.pt on all held-out articles, at every length
     seed: int = 1337  # of the initial weights and of every step's windows
 
@@ -74,7 +74,7 @@ class Config:
     # Validation, checkpoints, log; intervals in steps
     eval_interval: int = 2_000  # and before the first step, after every stage and at the end
     eval_tokens: int = 1_048_576  # held-out tokens that an evaluation scores; 0 for all
-    patience: int = 10  # evaluations in a row without a new best of their length; one more stops the run
+    patience: int = 10  # evaluations in a row without a new best of their length that are borne; one more stops
     checkpoint_interval: int = 1_000
     log_interval: int = 10
 

@@ -58,7 +58,7 @@ def test_every_kind_gives_the_same_shards(tmp_path):
                "parquet": write_parquet(tmp_path / "in.parquet", given, row_group_size=7),
                "one group": write_parquet(tmp_path / "one.parquet", given, compression="zstd")}
     sources["mark"].write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n\r\n"))
-    sources["gz"].write_bytes(gzip.compress(plain.read_bytes()))
+    sources["gz"].write_bytes(gzip.compress(b"\xef\xbb\xbf" + plain.read_bytes()))
     sources["bz2"].write_bytes(bz2.compress(plain.read_bytes()[:9999]) + bz2.compress(plain.read_bytes()[9999:]))
     sources["wiki"].write_bytes(plain.read_bytes())
     sources["txt"].mkdir()
