@@ -26,7 +26,7 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
-from config import UserError
+from errors import UserError
 
 PIECE_BYTES = 1 << 23  # of text in a piece (chosen): a third of a second of tokenizing, so handing it over costs little
 MAX_LINE = 1 << 28  # bytes; what has longer lines is no file of JSON lines, and must not fill the memory

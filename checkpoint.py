@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from config import Config, UserError
+from config import Config
 from curriculum import Curriculum
+from errors import UserError
 from model import GPT, GPTConfig
 
 # What may differ between a checkpoint and the run that goes on from it; anything else would make it another run.

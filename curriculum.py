@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import Config, UserError, load_config, user_errors
+from config import Config, load_config
 from dataset import open_dataset
+from errors import UserError, user_errors
 from model import GPTConfig
 
 # The corpus that the table was planned for; the plan is printed for it where there is no dataset.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError
+from errors import UserError
 from model import GPTConfig
 
 VOCAB_SIZE = 50257  # GPT-2's

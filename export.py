@@ -19,9 +19,9 @@ import torch
 from tiktoken.load import read_file_cached
 
 from checkpoint import load_model
-from config import CommandLine, UserError, user_errors
 from curriculum import Curriculum, format_table, short
 from dataset import ENDOFTEXT, VOCAB_SIZE, read_meta
+from errors import CommandLine, UserError, user_errors
 from model import GPT
 from packages import GPT2_URL, gpt2_encoding
 from sample import TEMPERATURE, TOP_K
@@ -30,33 +30,7 @@ from validate import eval_table
 QWEN3_NAMES = {"embed.": "embed_tokens.", "blocks.": "layers.", ".attn.": ".self_attn.",
                ".attn_norm.": ".input_layernorm.", ".mlp_norm.": ".post_attention_layernorm."}  # fmt: skip
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
-
-A GPT of {parameters} parameters, trained from scratch through growing windows on {tokens} tokens, {step:,} steps. The
-longest windows it has seen are of {max_seq_len:,} tokens. Its form is Qwen3's, its vocabulary GPT-2's.
-
-The tokenizer puts `<|endoftext|>` before a text, as every article began in training; inside a text these characters
-are plain characters. The ids {vocab} to {last} only pad the vocabulary. They are part of the softmax that the losses
-below were computed with; `generation_config.json` keeps them from being generated.
-
-## Curriculum
-```
-{stages}
-```
-
-## Data
-{data}. The text of Wikipedia is under CC BY-SA (https://creativecommons.org/licenses/by-sa/4.0/).
-
-## Validation
-On held-out articles, in nats per token; the last row is this model. `last len` is at windows of {last_len:,} tokens.
-```
-{evaluations}
-```
-"""
+CARD = Path(__file__).with_name("model_card.md")  # with {names} to fill in
 
 
 def write_model(folder: Path, model: GPT) -> None:
@@ -110,7 +84,7 @@ def model_card(name: str, model: GPT, state: dict, out_dir: Path) -> str:
         meta = read_meta(Path(data))
         train, val = (f"{s['articles']:,} articles ({short(s['tokens'])} tokens)" for s in meta["splits"].values())
         data = f"{train} to train on and {val} held out, from: {', '.join(source['file'] for source in meta['source'])}"
-    return CARD.format(
+    return CARD.read_text().format(
         name=name, parameters=short(model.config.n_params), step=step, tokens=short(curriculum.tokens_before(step)),
         max_seq_len=model.max_seq_len, vocab=VOCAB_SIZE, last=model.config.vocab_size - 1, data=data,
         stages=format_table(["from step", "length", "batch", "learning rate"], rows),
@@ -135,7 +109,6 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="the directory to make")
     args = parser.parse_args()
     try:
-        import safetensors  # noqa: F401
         from transformers.utils import logging
     except ImportError as error:
         raise UserError("an export takes transformers and safetensors: pip install transformers safetensors") from error

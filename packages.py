@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError
+from errors import UserError
 
 CACHE = Path(__file__).resolve().parent / "data" / "cache"
 GENSIM_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config import Config, UserError
+from config import Config
+from errors import UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -38,8 +38,8 @@ import numpy as np
 from tqdm import tqdm
 
 from articles import Piece, find_files, group, kind_of, pieces
-from config import CommandLine, UserError, user_errors
 from dataset import ENDOFTEXT, SPLITS, VOCAB_SIZE, read_meta, verify
+from errors import CommandLine, UserError, user_errors
 from packages import SAMPLE, gpt2_encoding, sample_files, token_lengths, write_atomically
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from tiktoken import Encoding
 from torch import Tensor
 
 from checkpoint import load_model
-from config import CommandLine, UserError, user_errors
 from dataset import ENDOFTEXT, VOCAB_SIZE
+from errors import CommandLine, UserError, user_errors
 from model import GPT, Cache
 from packages import gpt2_encoding
 from train import pick_device, pick_dtype

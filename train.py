@@ -26,9 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import open_best, open_run, save_checkpoint
-from config import Config, UserError, load_config, user_errors
+from config import Config, load_config
 from curriculum import PEAK_FLOPS, Curriculum, expected_ppl, learning_rate
 from dataset import Split, open_dataset
+from errors import UserError, user_errors
 from model import GPT, GPTConfig
 from parallel import Processes, join_processes, memory_errors, parts, smaller_parts, to_device
 from validate import Best, Score, Stopped, eval_table, report, score_lengths, score_windows, summary

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, UserError
+from config import Config
 from curriculum import format_table
 from dataset import Split
+from errors import UserError
 from parallel import Processes, memory_errors, parts, smaller_parts, to_device
 
 

@@ -17,8 +17,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.plot import Run, flops_per_token, read_run, run_config, x_at  # noqa: E402
-from config import CommandLine, UserError, user_errors  # noqa: E402
 from curriculum import format_table, short  # noqa: E402
+from errors import CommandLine, UserError, user_errors  # noqa: E402
 
 OF_THE_PLACE = {"out_dir", "resume"}  # keys that say nothing about the run itself
 AXES = {"tokens": ("tokens", short), "flops": ("FLOPs", "{:.2e}".format), "time": ("seconds", "{:,.1f}".format)}

@@ -30,8 +30,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import CommandLine, load_config, user_errors  # noqa: E402
+from config import load_config  # noqa: E402
 from curriculum import Curriculum, Stage, expected_ppl, format_table, short  # noqa: E402
+from errors import CommandLine, user_errors  # noqa: E402
 
 # The published curve: step of 524,288 tokens, and its validation loss.
 CURVE = {500: 3.8996, 750: 3.7604, 1000: 3.6764, 1250: 3.6194, 1500: 3.5762, 1750: 3.5421, 2000: 3.5135, 2250: 3.4918,

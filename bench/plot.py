@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import CommandLine, UserError, user_errors  # noqa: E402
+from errors import CommandLine, UserError, user_errors  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------------------
 # A log as arrays

@@ -19,9 +19,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import Config, curriculum9, user_errors  # noqa: E402
+from config import Config, curriculum9  # noqa: E402
 from curriculum import Curriculum, format_table  # noqa: E402
 from dataset import open_dataset  # noqa: E402
+from errors import user_errors  # noqa: E402
 from parallel import Processes, join_processes  # noqa: E402
 from train import set_up, train_step  # noqa: E402
 

@@ -34,9 +34,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.gpt2 import GPT2, LearnedPositions, nanogpt_optimizer  # noqa: E402
-from config import CommandLine, Config, UserError, curriculum9, user_errors  # noqa: E402
+from config import Config, curriculum9  # noqa: E402
 from curriculum import Curriculum, format_table, learning_rate  # noqa: E402
 from dataset import Split, open_dataset  # noqa: E402
+from errors import CommandLine, UserError, user_errors  # noqa: E402
 from parallel import parts, to_device  # noqa: E402
 from train import make_optimizers, pick_device, pick_dtype, set_up, train_step  # noqa: E402
 

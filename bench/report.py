@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.plot import tick  # noqa: E402
 from bench.recipe import BASE, EXPERIMENTS, add_arguments, best_lr, chosen, read, runs, settings  # noqa: E402
-from config import CommandLine, UserError, user_errors  # noqa: E402
 from curriculum import short  # noqa: E402
+from errors import CommandLine, UserError, user_errors  # noqa: E402
 
 AXES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 COLORS = ["black", "#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00", "#56b4e9", "#999999", "#7f3c8d"]

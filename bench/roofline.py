@@ -22,8 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import load_config, user_errors
+from config import load_config
 from curriculum import PEAK_FLOPS, Curriculum, Stage, format_table
+from errors import user_errors
 from model import GPTConfig
 
 BANDWIDTH = {"RTX 4090": 1008e9, "A100": 2039e9, "H100": 3352e9}  # bytes/s, datasheets (80 GB SXM of the last two)

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.generation.streamers import BaseStreamer  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from config import CommandLine, user_errors  # noqa: E402
 from curriculum import format_table  # noqa: E402
 from dataset import ENDOFTEXT  # noqa: E402
+from errors import CommandLine, user_errors  # noqa: E402
 from export import write_model  # noqa: E402
 from model import GPT, Cache, GPTConfig  # noqa: E402
 from sample import draw, generate, hold_in  # noqa: E402

@@ -15,9 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import load_config, user_errors
+from config import load_config
 from curriculum import Curriculum
 from dataset import open_dataset
+from errors import user_errors
 from train import pick_device, pick_dtype, set_up, train_step
 
 

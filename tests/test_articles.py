@@ -29,7 +29,7 @@ from test_prepare import (
 )
 
 import articles
-from config import UserError
+from errors import UserError
 
 
 def write_parquet(path: Path, rows: list[tuple], **kwargs) -> Path:

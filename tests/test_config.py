@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 from conftest import ROOT
 
-from config import Config, UserError, curriculum9, load_config, user_errors
+from config import Config, curriculum9, load_config
+from errors import UserError, user_errors
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT
 from test_dataset import write_dataset
 
-from config import Config, UserError, curriculum9, fixed2048
+from config import Config, curriculum9, fixed2048
 from curriculum import Curriculum, at_length, expected_ppl, learning_rate, scale_table
+from errors import UserError
 
 # What the plan that this project follows says of its table, counted by hand: stage, its tokens and examples.
 TOKENS_M = (32.8, 32.8, 65.5, 65.5, 96.8, 114.7, 153.6, 245.8, 819.2)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import UserError
 from dataset import Split, open_dataset
+from errors import UserError
 
 # --------------------------------------------------------------------------------------------------------------------
 # Windows. Each token of these shards is unlike all others, so a window's tokens say where it is.

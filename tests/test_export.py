@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, 
 
 import export
 import train
-from config import Config, user_errors
+from config import Config
 from dataset import ENDOFTEXT, VOCAB_SIZE
+from errors import user_errors
 from model import GPT, GPTConfig
 from packages import gpt2_encoding
 

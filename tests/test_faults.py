@@ -17,7 +17,8 @@ from conftest import SMALL, assert_same_run, read_log
 
 import train
 from checkpoint import Log, load_checkpoint, save_checkpoint
-from config import Config, UserError
+from config import Config
+from errors import UserError
 from model import GPT, GPTConfig
 from validate import Score
 

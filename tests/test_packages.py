@@ -7,7 +7,7 @@ import pytest
 from test_prepare import ROOT, execute
 
 import packages
-from config import UserError
+from errors import UserError
 
 
 def test_vocabulary_comes_into_an_empty_cache(tmp_path):

@@ -64,7 +64,7 @@ def command(*args, piece_bytes: int | None = None) -> list[str]:
     """The program's command line; piece_bytes makes its pieces so small that a small input has many."""
     program = [str(ROOT / "prepare_wiki.py")]
     if piece_bytes:
-        code = "import articles, config, prepare_wiki\narticles.PIECE_BYTES = {}\nwith config.user_errors():\n"
+        code = "import articles, errors, prepare_wiki\narticles.PIECE_BYTES = {}\nwith errors.user_errors():\n"
         program = ["-c", code.format(piece_bytes) + "    prepare_wiki.main()"]
     return [sys.executable, *program, *map(str, args)]
 

@@ -13,8 +13,9 @@ from torch import Tensor
 import sample
 import train
 from checkpoint import load_model
-from config import Config, user_errors
+from config import Config
 from dataset import ENDOFTEXT, VOCAB_SIZE
+from errors import user_errors
 from model import GPT, Cache, GPTConfig
 from packages import gpt2_encoding
 from sample import InOrder, draw, generate, hold_in, next_probabilities
