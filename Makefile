@@ -14,7 +14,7 @@ demo: .venv/installed-demo
 
 test: .venv/installed-test
 	ruff check .
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2  # two tests at a time, each on a core: most wait for one process
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist worksteal  # two tests at a time, each on a core: most wait for one process
 
 .venv/installed-%: requirements-%.txt requirements.txt requirements-demo.txt
 	test -d .venv || $(PYTHON) -m venv .venv

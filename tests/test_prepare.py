@@ -481,9 +481,10 @@ def wait_for(folder: Path, pattern: str, process: subprocess.Popen) -> None:
 
 
 @NEEDS_PROC
-def test_killed_at_any_moment_it_goes_on(tmp_path):
+@pytest.mark.parametrize("seed", [1, 2, 3])  # three, so that they run beside each other
+def test_killed_at_any_moment_it_goes_on(tmp_path, seed):
     """SIGKILL after a random time, again and again, with other numbers of workers, until a run comes to its end; until
-    there were 30. Each end is that of an unbroken run, no process is left over, and meta.json stands only then."""
+    there were 10. Each end is that of an unbroken run, no process is left over, and meta.json stands only then."""
     pytest.importorskip("wikiextractor")
     sources = every_kind(tmp_path)
     options = [*sources, "--shard_tokens", 20_000]
@@ -491,8 +492,8 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     prepare(tmp_path / "unbroken", *options, piece_bytes=10_000)
     unbroken_s = time.monotonic() - started
     expected = contents(tmp_path / "unbroken")
-    rng, kills, ends, went_on = random.Random(1), 0, 0, 0
-    while kills < 30:
+    rng, kills, ends, went_on = random.Random(seed), 0, 0, 0
+    while kills < 10:
         out = tmp_path / f"out{ends}"
         while not (out / "meta.json").exists():
             process = start(*options, "--out", out, "--workers", rng.randint(1, 3), piece_bytes=10_000)
@@ -506,7 +507,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
         assert contents(out) == expected
         ends += 1
     print(f"{kills} kills, {went_on} runs that went on, {ends} ends compared")
-    assert went_on > 5
+    assert went_on > 1
 
 
 @NEEDS_PROC
