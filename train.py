@@ -369,5 +369,5 @@ if __name__ == "__main__":
     with user_errors(), join_processes() as team:
         with team.together():
             config = load_config(sys.argv[1:])
-        if number := train(config, team):
-            sys.exit(128 + number)
+        number = train(config, team)
+    team.exit(128 + number if number else 0)
