@@ -1,5 +1,6 @@
 """What the tests share: the real sample as a dataset, and a way to run the programs as a user does."""
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -16,8 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def sample_dir() -> Path:
-    """data/sample: real articles, prepared if they are not there yet."""
-    subprocess.run([sys.executable, "prepare_wiki.py", "--sample", "--out", "data/sample"], cwd=ROOT, check=True)
+    """data/sample: real articles, prepared if they are not there yet, by one of the processes that test."""
+    with open(ROOT / "pyproject.toml") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        subprocess.run([sys.executable, "prepare_wiki.py", "--sample", "--out", "data/sample"], cwd=ROOT, check=True)
     return ROOT / "data" / "sample"
 
 
