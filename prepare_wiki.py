@@ -339,7 +339,8 @@ def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max
     return meta
 
 
-def print_summary(meta: dict, seconds: float) -> None:
+def print_summary(meta: dict, seconds: float | None) -> None:
+    """seconds is how long all of it took; None where a part was done before, which tells nothing of the speed."""
     for split, totals in meta["splits"].items():
         each = totals["tokens"] / max(1, totals["articles"])
         print(f"{split}: {totals['articles']:,} articles, {totals['tokens']:,} tokens, {each:,.0f} each")
@@ -348,7 +349,8 @@ def print_summary(meta: dict, seconds: float) -> None:
     if meta["skipped"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items())
         print(f"skipped: {reasons}, of {meta['records']:,} records; the first: {'; '.join(meta['first_skipped'])}")
-    print(f"{sum(totals['tokens'] for totals in meta['splits'].values()) / seconds:,.0f} tokens/s")
+    if seconds:
+        print(f"{sum(totals['tokens'] for totals in meta['splits'].values()) / seconds:,.0f} tokens/s")
 
 
 def sources(files: list[Path]) -> list[dict]:
@@ -411,8 +413,9 @@ def main() -> None:
     try:
         if not (out / "meta.json").exists():
             files = sample_files() if args.sample else files
+            went_on = any(out.glob("prepare_wiki.unfinished/*.npz"))
             meta = prepare(files, out, source, options, args.max_skipped, args.workers)
-            return print_summary(meta, time.perf_counter() - started)
+            return print_summary(meta, None if went_on else time.perf_counter() - started)
         meta = read_meta(out)
         if (meta["source"], meta["options"]) != (source, options):
             raise UserError(f"{out} holds a dataset of other inputs or options: remove it or give another --out")
