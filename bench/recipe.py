@@ -45,7 +45,7 @@ from train import make_optimizers, pick_device, pick_dtype, set_up, train_step  
 # The experiments, in the order of their worth. A variant gives what differs from BASE.
 
 BASE = {
-    "model": "ours",  # 'gpt2': nanoGPT's; 'learned': ours with learned positions
+    "model": "ours",  # 'gpt2': nanoGPT's; 'gpt2-0.99': the same with this beta2; 'learned': ours with learned positions
     "optimizer": "muon",  # or 'adamw'; nanoGPT's model has its own AdamW
     "lengths": "table",  # of windows: curriculum9's by share of tokens; a number: fixed; else a name in `lengths`
     "decay": "linear",  # of the learning rate: to 0; 'cosine': to a tenth; 'table': the table's factors; 'constant'
@@ -55,15 +55,17 @@ BASE = {
     "at_change": "",  # 'warm': WARM steps of warmup after each change of length; 'reset': optimizers forget
     "watch": False,  # score around each change of length
     "lrs": (2e-3, 4e-3, 8e-3),  # the grid
+    "by": "val_loss",  # what chooses in it; 'own_val_loss': at the length that the run ends with
     "seeds": True,  # more than one
 }
-# The same grid for all, by factors of two; of its lower end ours has no need, nor nanoGPT of its upper.
-NANOGPT = {"model": "gpt2", "optimizer": "adamw", "decay": "cosine", "lrs": (5e-4, 1e-3, 2e-3, 4e-3)}
+# A grid of factors of two for all; each variant has the part of it in which its best lies.
+NANOGPT = {"model": "gpt2", "optimizer": "adamw", "decay": "cosine", "lrs": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
+SHORT = {"by": "own_val_loss", "seeds": False}
 CHANGES = {"lengths": "doubling", "watch": True, "lrs": (4e-3,)}
 
 EXPERIMENTS = {
-    # Each row changes one thing more. Then ours with less to train on: how little reaches nanoGPT's loss? At last the
-    # setting of the issue, 256: each is scored at its own length as well.
+    # From nanoGPT's recipe to ours: its model, decay and second moment's memory; the optimizer; the lengths. Then ours
+    # with less to train on: how little reaches nanoGPT's loss? And nanoGPT with the memory that ours has.
     "nanogpt": {
         "nanoGPT": NANOGPT | {"lengths": 2048},
         "our model, AdamW, linear": {"optimizer": "adamw", "lengths": 2048},
@@ -71,8 +73,7 @@ EXPERIMENTS = {
         "and the lengths of the table": {},
         "the same, 0.3 of the tokens": {"share": 0.3, "lrs": (4e-3,)},
         "the same, 0.2 of the tokens": {"share": 0.2, "lrs": (4e-3,)},
-        "nanoGPT, length 256": NANOGPT | {"lengths": 256, "lrs": (1e-3, 2e-3), "seeds": False},
-        "ours, length 256": {"lengths": 256, "lrs": (4e-3, 8e-3), "seeds": False},
+        "nanoGPT, beta2 0.99": NANOGPT | {"model": "gpt2-0.99", "lengths": 2048, "lrs": (1e-3, 2e-3), "seeds": False},
     },
     "lengths": {
         "the table": {"decay": "table", "lrs": (4e-3, 8e-3, 16e-3)},
@@ -96,6 +97,11 @@ EXPERIMENTS = {
         "2 x 128": {"size": (2, 128), "lrs": (2e-3, 4e-3, 8e-3, 16e-3), "seeds": False},
         "4 x 256": {"size": (4, 256), "seeds": False},
         "8 x 512": {"size": (8, 512), "seeds": False},
+    },
+    # Short windows, as nanoGPT's own small settings have them: chosen and scored by the loss at that length.
+    "short": {
+        "nanoGPT, length 256": NANOGPT | {"lengths": 256, "lrs": (1e-3, 2e-3), **SHORT},
+        "ours, length 256": {"lengths": 256, "lrs": (4e-3, 8e-3), **SHORT},
     },
     "changes": {
         "rotary": CHANGES,
@@ -212,12 +218,13 @@ def build(run: dict, config: Config, device: torch.device, dtype: torch.dtype) -
     if run["model"] == "ours":
         return model, optimizers, *functions
     # set_up has made the process's choices for the device; its model makes room for another.
-    model = {"gpt2": GPT2, "learned": LearnedPositions}[run["model"]](model.config, LAST_LEN)
+    is_gpt2 = run["model"].startswith("gpt2")
+    model = (GPT2 if is_gpt2 else LearnedPositions)(model.config, LAST_LEN)
     model.init_weights(config.seed)
     model.to(device)
     functions = [model.loss, model.score]
-    if run["model"] == "gpt2":
-        optimizers = [nanogpt_optimizer(model)]
+    if is_gpt2:
+        optimizers = [nanogpt_optimizer(model, 0.99 if run["model"] == "gpt2-0.99" else 0.95)]
         functions = [torch.compile(f, dynamic=True) for f in functions]
     else:
         optimizers = make_optimizers(model, config)
@@ -302,21 +309,26 @@ def train_run(run: dict, args: argparse.Namespace) -> dict:
         flops += stage.tokens_per_step * flops_per_token(model, stage.seq_len)
         skipped += not (math.isfinite(loss) and math.isfinite(norm))
 
-    # A step counts as the middle one of its stage: others may use the machine too, and the first ones compile.
-    middle = [statistics.median_low(took[stage.start : stage.end]) for stage in curriculum.stages]
-    seconds = np.cumsum([0.0, *(middle[curriculum.index(step)] for step in range(max_steps))])
+    # A token counts as the middle one of its stage, or of the stage's first steps and those after them if it is short:
+    # others may use the machine too, and the first step compiles.
+    a_token = [seconds / curriculum.at(step).tokens_per_step for step, seconds in enumerate(took)]
+    middle = [statistics.median(a_token[s.start : max(s.end, s.start + 5)]) for s in curriculum.stages]
+    steps = range(max_steps)
+    seconds = np.cumsum([0.0, *(middle[curriculum.index(s)] * curriculum.at(s).tokens_per_step for s in steps)])
     for point in points:
         point["seconds"] = float(seconds[point["step"]])
-    losses, own_len = score(held_out), stages[-1][1]
+    losses, val_losses, own_len = score(held_out), score(val), stages[-1][1]
+    own, own_val = (losses, val_losses) if own_len == LAST_LEN else (score(held_out, own_len), score(val, own_len))
     edges = [0, *(2**i for i in range(6, 11)), LAST_LEN]
     return {
         "run": run, "stages": stages, "skipped": skipped, "points": points, "changes": changes,
-        "loss": float(losses.mean()), "val_loss": float(score(val).mean()),
-        "own_len": own_len, "own_loss": float((losses if own_len == LAST_LEN else score(held_out, own_len)).mean()),
+        "loss": float(losses.mean()), "val_loss": float(val_losses.mean()),
+        "own_len": own_len, "own_loss": float(own.mean()), "own_val_loss": float(own_val.mean()),
         "articles": [[int(n), losses[owners == n].size, float(losses[owners == n].mean())] for n in np.unique(owners)],
         "positions": [[a, b, float(losses[:, a:b].mean())] for a, b in zip(edges, edges[1:])],
-        "params": sum(weight.numel() for weight in model.parameters()), "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "torch": torch.__version__,
+        "params": sum(weight.numel() for weight in model.parameters()), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(), "dtype": str(pick_dtype(config.dtype, device)).removeprefix("torch."),
     }  # fmt: skip
 
 
@@ -329,7 +341,7 @@ def settings(variant: dict, lr: float | None, seed: int, args: argparse.Namespac
     run = BASE | variant | {"lr": lr, "seed": seed, "data": Path(args.data_dir).name}
     run |= {key: getattr(args, key) for key in ("steps", "tokens", "folds", "long", "windows", "few", "dtype")}
     run["size"] = list(run["size"] or (args.n_layer, args.n_embd))
-    return {key: value for key, value in run.items() if key not in ("lrs", "seeds")}
+    return {key: value for key, value in run.items() if key not in ("lrs", "by", "seeds")}
 
 
 def result_path(run: dict, args: argparse.Namespace) -> Path:
@@ -348,9 +360,9 @@ def read(run: dict, args: argparse.Namespace) -> dict | None:
 
 def best_lr(variant: dict, args: argparse.Namespace) -> float | None:
     """Of the grid, by validation loss with seed 0; None until all of it is done."""
-    lrs = (BASE | variant)["lrs"]
+    lrs, by = (BASE | variant)["lrs"], (BASE | variant)["by"]
     done = [read(settings(variant, lr, 0, args), args) for lr in lrs]
-    return None if None in done else min(zip(lrs, done), key=lambda pair: pair[1]["val_loss"])[0]
+    return None if None in done else min(zip(lrs, done), key=lambda pair: pair[1][by])[0]
 
 
 def runs(variant: dict, args: argparse.Namespace) -> Iterator[dict]:

@@ -9,8 +9,11 @@ held-out loss   of the long articles, windows of 2,048, all seeds' targets toget
                 articles. Seeds hold out different articles, so the range over seeds is of texts, too
 difference      to the first variant, on the same articles: its standard error over the articles of all seeds, and its
                 range over the seeds, are what tells two variants apart
-at equal ...    the loss of a few windows, interpolated between a run's points, where the cheapest whole run ends. A
-                learning rate that has not fallen yet costs a run that goes on behind that point
+at equal ...    the difference to the first variant on a few windows, interpolated between a run's points, where the
+                cheapest whole run ends. A learning rate that has not fallen yet costs a run that goes on behind that
+                point. Compare times only where they differ by more than a tenth: the machine does by itself
+
+By position and in pictures stand the variants with all seeds: others speak of other texts.
 """
 
 import sys
@@ -122,8 +125,8 @@ def main_table(found: dict[str, dict[int, dict]], name: str) -> str:
         row += [f"{np.mean([r['own_loss'] for r in mine.values()]):.3f} ({mine[0]['own_len']:,})"]
         for axis in AXES:
             least = min((result["points"][-1][axis] for result in whole), default=np.nan)
-            losses = [loss_at(result, axis, least) for result in mine.values()]
-            row += [f"{np.mean(losses):.3f}" if np.isfinite(losses).all() else ""]
+            ahead = [loss_at(mine[s], axis, least) - loss_at(first[s], axis, least) for s in mine.keys() & first.keys()]
+            row += [f"{np.mean(ahead):+.3f}" if mine is not first and np.isfinite(ahead).all() else ""]
         rows.append(row)
     header = ["variant", "lr", "seeds", "held-out loss", "over seeds", "difference", "over seeds", "val loss"]
     header += ["at its own length", *(f"at equal {what}" for what in AXES.values())]
@@ -131,7 +134,8 @@ def main_table(found: dict[str, dict[int, dict]], name: str) -> str:
 
 
 def reach_table(found: dict[str, dict[int, dict]]) -> str:
-    """What each variant spends until it has the final loss of the first, as a multiple of what that one spent."""
+    """What each variant spends until it has the final loss of the first, as a multiple of what that one spent: of the
+    seeds the middle one, the least and the most."""
     (name, first), *others = found.items()
     rows = []
     for variant, mine in others:
@@ -139,10 +143,9 @@ def reach_table(found: dict[str, dict[int, dict]]) -> str:
         for axis in AXES:
             seeds = sorted(mine.keys() & first.keys())
             ends = [first[seed]["points"][-1] for seed in seeds]
-            ratios = [spent_to_reach(mine[s], axis, end["loss"]) / end[axis] for s, end in zip(seeds, ends)]
-            reached = [ratio for ratio in ratios if np.isfinite(ratio)]
-            never = f", {len(ratios) - len(reached)} of {len(ratios)} never" if len(reached) < len(ratios) else ""
-            row.append((spread(reached, ".2f") if reached else "-") + never)
+            ratios = sorted(spent_to_reach(mine[s], axis, end["loss"]) / end[axis] for s, end in zip(seeds, ends))
+            said = ["never" if np.isinf(ratio) else f"{ratio:.2f}" for ratio in ratios]
+            row.append(f"{said[len(said) // 2]} ({said[0]} to {said[-1]})")
         rows.append(row)
     return f"Spent until the final loss of {name}, as a multiple of what it took:\n\n" + markdown(
         ["variant", *AXES.values()], rows)  # fmt: skip
@@ -155,6 +158,11 @@ def position_table(found: dict[str, dict[int, dict]]) -> str:
     rows = [[variant, *(f"{loss:.3f}" for loss in losses)] for variant, losses in means.items()]
     return "Held-out loss by position in the window:\n\n" + markdown(
         ["variant", *(f"{a:,}-{b:,}" for a, b, _ in columns)], rows)  # fmt: skip
+
+
+def with_all_seeds(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
+    most = max(map(len, found.values()))
+    return {variant: mine for variant, mine in found.items() if len(mine) == most}
 
 
 def positions(results: dict[int, dict]) -> list[list[float]]:
@@ -177,8 +185,9 @@ def size_table(found: dict[str, dict[int, dict]], name: str, args) -> str:
         if len(widths) > 1:
             slope, start = np.polyfit(np.log(widths), np.log(lrs), 1)
             factor = np.exp(np.abs(np.log(lrs) - start - slope * np.log(widths)).max())
-            text += (f"\nBy {key}: best learning rate ~ width^{slope:.2f} over {len(widths)} sizes, off by a factor of "
-                     f"at most {factor:.2f}; at width 768 {np.exp(start + slope * np.log(768)):.2g}.\n")  # fmt: skip
+            fit = f", off by a factor of at most {factor:.2f}" if len(widths) > 2 else ", which two always fit"
+            text += (f"\nBy {key}: best learning rate ~ width^{slope:.2f} over {len(widths)} sizes{fit}; at width 768 "
+                     f"that makes {np.exp(start + slope * np.log(768)):.2g}.\n")  # fmt: skip
         else:
             text += f"\nBy {key}: fewer than two sizes have their best inside the grid, so nothing is fitted.\n"
     return text
@@ -296,14 +305,14 @@ def section(name: str, args) -> str:
     text += main_table(found, name)
     if len(found) > 1:
         text += "\n" + reach_table(found)
-    if name in ("lengths", "parts", "nanogpt"):
-        text += "\n" + position_table(found)
+    if name not in ("sizes", "changes"):
+        text += "\n" + position_table(with_all_seeds(found))
     if name == "sizes":
         text += "\n" + size_table(found, name, args)
     if name == "changes":
         text += "\n" + change_table(found)
     if args.pictures:
-        draw(found, name, args, Path(args.pictures) / f"recipe_{name}.png")
+        draw(with_all_seeds(found), name, args, Path(args.pictures) / f"recipe_{name}.png")
         text += f"\n![{name}](recipe_{name}.png)\n"
     return text
 
