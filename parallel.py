@@ -176,7 +176,8 @@ def memory_errors(advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        said = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # by CUDA, a CPU, CUDA's libraries
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(w in str(error) for w in said):
             raise
         raise UserError(f"out of memory: {advice}") from None
 

@@ -77,6 +77,7 @@ def train_step(
     seq_len = windows.shape[1] - 1
     device = model.embed.weight.device
     mean_loss = torch.zeros((), device=device)
+    scaler.scale(mean_loss)  # makes the scale, for unscale_ to find even where no part gets so far as to
     share = team.share(windows)
     advice, out_of_memory = smaller_parts(config, share, seq_len), False
     try:
@@ -92,6 +93,7 @@ def train_step(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    grad_norm = grad_norm.to(device)  # where there is no gradient it is not there yet
     # The step's one wait for the GPU. Here, the next step is launched while the optimizers run; after them, it would
     # be launched while nothing runs.
     loss, *flags, grad_norm = torch.cat((sums, grad_norm[None])).tolist()
@@ -168,9 +170,10 @@ def set_up(
                     look-up and the head's large products would gain nothing
     shapes          symbols, on both: a graph serves the whole table. Sizes that happen to be equal do not become one
                     symbol (with duck shaping, 128 windows of 128 would compile anew). A part of a single window
-                    compiles anew, once, and so does one of more than 4,096 tokens where the first had fewer, and
-                    the other way round
+                    compiles anew, once, and so does one of more than some thousand tokens (a CPU: 4,096) where the
+                    first had fewer, and the other way round: up to 12 graphs, where torch would give up at 8
     CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work
+    attention       on a GPU not cuDNN's kernel, which torch prefers on an H100: it makes a plan for each new shape
     loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type, 1.6 GB for 16,384
                     tokens, and nothing else of that size. torch's own takes 1.65 times as long on a CPU, and
                     F.linear_cross_entropy twice as long (bench/head.py)
@@ -185,6 +188,8 @@ def set_up(
         keep_memory()
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU
     torch.fx.experimental._config.use_duck_shape = False
+    torch._dynamo.config.recompile_limit = 32
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
     model = GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), max_len)
     model.init_weights(config.seed)

@@ -2,8 +2,9 @@
 
     python bench/roofline.py config/curriculum9.py [--key=value ...]
 
-FLOPs are those of model.py (6 per parameter in a matrix product, and attention). Bytes are what cannot stay on chip,
-with bf16 products and float32 weights, gradients and moments:
+FLOPs are those of model.py (6 per parameter in a matrix product, and attention), and Muon's: five rounds of three
+products for each matrix of m x n, m <= n, so 5 * (4 m^2 n + 2 m^3). Bytes are what cannot stay on chip, with bf16
+products and float32 weights, gradients and moments:
 
     per part of micro_batch_tokens    weights: read as float32 and written as bf16 (6), read forward and backward (4);
                                       gradients: read and added to (8)                                   18 a weight
@@ -28,7 +29,7 @@ from errors import user_errors
 from model import GPTConfig
 
 BANDWIDTH = {"RTX 4090": 1008e9, "A100": 2039e9, "H100": 3352e9}  # bytes/s, datasheets (80 GB SXM of the last two)
-SHARES = (1.0, 0.45, 0.15)  # of the roofline; 15 % on an RTX 4090 is the plan's 17 hours
+SHARES = (1.0, 0.45, 0.15)  # of the roofline; 15 % on an RTX 4090 is the plan's 17 hours, with AdamW
 
 
 def step_bytes(model: GPTConfig, stage: Stage, micro_batch_tokens: int) -> float:
@@ -36,6 +37,11 @@ def step_bytes(model: GPTConfig, stage: Stage, micro_batch_tokens: int) -> float
     per_layer = 8 * (16 * model.n_embd + 6 * model.n_hidden)
     per_token = 10 * model.vocab_size + model.n_layer * per_layer
     return model.n_params * (18 * parts + 32) + stage.tokens_per_step * per_token
+
+
+def muon_flops(model: GPTConfig) -> int:
+    C, H = model.n_embd, model.n_hidden
+    return model.n_layer * sum(count * 5 * (4 * C * C * n + 2 * C**3) for count, n in ((4, C), (3, H)))
 
 
 def main() -> None:
@@ -49,6 +55,7 @@ def main() -> None:
     rows = []
     for number, stage in enumerate(stages, 1):
         flops = stage.tokens_per_step * model.flops_per_token(stage.seq_len)
+        flops += muon_flops(model) if config.optimizer == "muon" else 0
         moved = step_bytes(model, stage, config.micro_batch_tokens)
         row = [f"{number}", f"{stage.seq_len:,}", f"{stage.batch_size}", f"{flops / 1e12:.2f}", f"{moved / 1e9:.1f}"]
         for name, bandwidth in BANDWIDTH.items():

@@ -161,7 +161,8 @@ def test_a_finished_run_is_not_repeated(sample_dir, tmp_path, monkeypatch):
 def test_a_run_from_the_articles_to_the_report(sample_dir, tmp_path, monkeypatch):
     """A real run, tiny: its record is complete, and the report takes it and says what is missing."""
     args = argparse.Namespace(**vars(SMALL), data_dir=str(sample_dir), results=str(tmp_path), pictures=str(tmp_path))
-    variants = {"grown": {"lengths": "doubling", "watch": True, "lrs": (1e-2,)}, "other": recipe.NANOGPT | {"lrs": (1e-3,)}}
+    grown = {"lengths": "doubling", "watch": True, "lrs": (1e-2,)}
+    variants = {"grown": grown, "other": recipe.NANOGPT | {"lrs": (1e-3,)}}
     monkeypatch.setitem(recipe.EXPERIMENTS, "changes", variants)
     monkeypatch.setattr(recipe, "POINTS", 2)
     run = next(recipe.runs(variants["grown"], args))
