@@ -24,8 +24,9 @@ from errors import UserError
 from model import GPT, GPTConfig
 
 # What may differ between a checkpoint and the run that goes on from it; anything else would make it another run.
-MAY_CHANGE = set("data_dir out_dir resume eval_only max_steps plan_ppl phases micro_batch_tokens device dtype compile "
-                 "eval_interval eval_tokens patience checkpoint_interval log_interval".split())  # fmt: skip
+MAY_CHANGE = set("data_dir out_dir resume eval_only max_steps cooldown_steps plan_ppl phases micro_batch_tokens "
+                 "device dtype compile eval_interval eval_tokens patience checkpoint_interval "
+                 "log_interval".split())
 
 # What a checkpoint holds: best.pt the first three, last.pt and prev.pt all.
 MODEL_KEYS = {"config", "step", "model"}

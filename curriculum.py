@@ -110,9 +110,10 @@ class Curriculum:
 
 
 def learning_rate(config: Config, stage: Stage, step: int) -> float:
-    """Linear warmup over config.warmup_steps, then config.learning_rate times the stage's factor."""
+    """config.learning_rate times the stage's factor; warmup_steps rise to it from 0, cooldown_steps fall to 0."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    return config.learning_rate * stage.lr_scale * warmup
+    cooldown = min(1.0, (config.max_steps - step) / config.cooldown_steps) if config.cooldown_steps else 1.0
+    return config.learning_rate * stage.lr_scale * warmup * cooldown
 
 
 def expected_ppl(plan_ppl: tuple, step: int) -> float | None:

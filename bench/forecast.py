@@ -31,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import load_config  # noqa: E402
-from curriculum import Curriculum, Stage, expected_ppl, format_table, short  # noqa: E402
+from curriculum import Curriculum, Stage, expected_ppl, format_table, learning_rate, short  # noqa: E402
 from errors import CommandLine, user_errors  # noqa: E402
 
 # The published curve: step of 524,288 tokens, and its validation loss.
@@ -86,8 +86,9 @@ def rows_of(argv: list[str], tokens_per_s: float, shift: float) -> list[list[str
     for step in steps or [stage.end for stage in curriculum.stages]:
         stage = curriculum.at(step - 1)
         tokens = curriculum.tokens_before(step)
-        peak = max(stage.lr_scale for stage in curriculum.stages if stage.start < step)
-        loss, deviation = forecast(stage, tokens, 1 - stage.lr_scale / peak, shift)
+        peak = max(stage.lr_scale for stage in curriculum.stages if stage.start < step) * config.learning_rate
+        fallen = max(0.0, 1 - learning_rate(config, stage, step - 1) / peak)
+        loss, deviation = forecast(stage, tokens, fallen, shift)
         plan = expected_ppl(config.plan_ppl, step)
         chance = 0.5 * math.erfc((loss - math.log(plan or 25)) / deviation / math.sqrt(2))
         rows.append([f"{step:,}", f"{stage.seq_len:,}", short(tokens), f"{tokens / tokens_per_s / 3600:.2f}",

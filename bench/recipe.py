@@ -48,7 +48,8 @@ BASE = {
     "model": "ours",  # 'gpt2': nanoGPT's; 'gpt2-0.99': the same with this beta2; 'learned': ours with learned positions
     "optimizer": "muon",  # or 'adamw'; nanoGPT's model has its own AdamW
     "lengths": "table",  # of windows: curriculum9's by share of tokens; a number: fixed; else a name in `lengths`
-    "decay": "linear",  # of the learning rate: to 0; 'cosine': to a tenth; 'table': the table's factors; 'constant'
+    "decay": "linear",  # of the learning rate: to 0; 'cosine': to a tenth; 'table': the table's factors; 'cooled': with
+    # a last fifth that takes them to 0; 'constant'
     "warmup": 0.1,  # share of the steps
     "share": 1.0,  # of the budget
     "size": None,  # (n_layer, n_embd), if not that of the command line
@@ -77,6 +78,7 @@ EXPERIMENTS = {
     },
     "lengths": {
         "the table": {"decay": "table", "lrs": (4e-3, 8e-3, 16e-3)},
+        "the table, cooling down": {"decay": "cooled", "lrs": (8e-3, 16e-3)},
         "its lengths, linear decay": {},
         "2,048": {"lengths": 2048},
         "512": {"lengths": 512, "lrs": (4e-3, 8e-3)},
@@ -159,7 +161,7 @@ def decayed(decay: str, progress: float) -> float:
     """The factor of the learning rate when `progress` of the steps after the warmup are done."""
     if decay == "cosine":  # nanoGPT's: to a tenth
         return 0.55 + 0.45 * math.cos(math.pi * progress)
-    return 1 - progress if decay == "linear" else 1.0
+    return {"linear": 1 - progress, "cooled": min(1.0, 5 * (1 - progress))}.get(decay, 1.0)
 
 
 def learning_rate_at(run: dict, config: Config, curriculum: Curriculum, step: int) -> float:
@@ -266,7 +268,7 @@ def train_run(run: dict, args: argparse.Namespace) -> dict:
     few, few_val = spread(held_out, args.few), spread(val, max(1, args.few // 2))
 
     rows = lengths(run["lengths"])
-    if run["decay"] != "table":
+    if run["decay"] not in ("table", "cooled"):
         rows = [(share, seq_len, 1.0) for share, seq_len, _ in rows]
     stages, max_steps = stages_of(rows, run["tokens"], run["share"] * run["steps"] * run["tokens"])
     n_layer, n_embd = run["size"]

@@ -31,6 +31,7 @@ class Config:
     # Optimization
     learning_rate: float = 6e-4  # times the stage's lr_scale
     warmup_steps: int = 200  # linear, from 0
+    cooldown_steps: int = 0  # at the end of max_steps: linear, to 0
     optimizer: str = "muon"  # 'muon' (hidden matrices; AdamW for the rest) or 'adamw'
     weight_decay: float = 0.1  # of matrices; norms have none
     grad_clip: float = 1.0  # largest norm of the gradient; 0 for no limit
@@ -120,7 +121,7 @@ def check_ranges(config: Config) -> None:
     for key in ("eval_interval", "checkpoint_interval", "log_interval", "n_layer", "n_head", "n_embd"):
         if getattr(config, key) < 1:
             raise UserError(f"{key}={getattr(config, key)}: it must be at least 1")
-    for key in ("seed", "warmup_steps", "weight_decay", "grad_clip", "eval_tokens", "patience"):
+    for key in ("seed", "warmup_steps", "cooldown_steps", "weight_decay", "grad_clip", "eval_tokens", "patience"):
         if not 0 <= getattr(config, key) < math.inf:
             raise UserError(f"{key}={getattr(config, key)}: it must not be negative")
     if not 0 < config.learning_rate < math.inf:

@@ -177,6 +177,17 @@ def test_learning_rate(warmup_steps, step, expected):
     assert learning_rate(config, NINE.at(step), step) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("step, share", [(0, 1), (79_999, 1), (80_000, 1), (90_000, 1 / 2), (99_999, 1 / 20_000)])
+def test_the_rate_falls_over_the_last_steps_whatever_the_stage(step, share):
+    config = Config(warmup_steps=0, cooldown_steps=20_000, learning_rate=6e-4)
+    expected = 6e-4 * NINE.at(step).lr_scale * share
+    assert learning_rate(config, NINE.at(step), step) == pytest.approx(expected, rel=1e-12)
+    # More than the run: from the first step on, and through a stage's end.
+    config = Config(warmup_steps=0, cooldown_steps=200_000, learning_rate=6e-4)
+    assert learning_rate(config, NINE.at(step), step) == pytest.approx(
+        6e-4 * NINE.at(step).lr_scale * (100_000 - step) / 200_000, rel=1e-12)  # fmt: skip
+
+
 GOOD = (0, 64, 4, 1.0)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from bench import forecast
 from config import load_config
-from curriculum import Curriculum, Stage
+from curriculum import Curriculum, Stage, learning_rate
 
 ROOT = Path(forecast.__file__).resolve().parent.parent
 
@@ -39,7 +39,7 @@ def test_sprint_is_the_shortest_that_the_forecast_supports():
     curriculum = Curriculum(config.stages, config.max_steps)
     stage, tokens = curriculum.stages[-1], curriculum.tokens_before(config.max_steps)
     assert stage.seq_len == 2048
-    fallen = 1 - stage.lr_scale
+    fallen = 1 - learning_rate(config, stage, config.max_steps - 1) / config.learning_rate
     assert forecast.forecast(stage, tokens, fallen, 0.0)[0] < math.log(25)
     assert forecast.forecast(stage, 0.9 * tokens, fallen, 0.0)[0] > math.log(25)
     text = (ROOT / "config" / "sprint.py").read_text()

@@ -39,6 +39,8 @@ NOT_HERE = {
     "python prepare_wiki.py enwiki-latest-pages-articles.xml.bz2 --min_tokens 1900 --max_articles 237758 "
     "--out data/wiki": "reads what was downloaded",
     "python train.py config/curriculum9.py --data_dir=data/wiki --resume=True": HOURS,
+    "python train.py config/curriculum9.py --data_dir=data/wiki --resume=True --max_steps=50_000 "
+    "--cooldown_steps=5_000": HOURS,
     "python train.py config/fixed2048.py --data_dir=data/wiki --resume=True": HOURS,
     "torchrun --nproc_per_node=8 train.py config/curriculum9.py --data_dir=data/wiki --resume=True": HOURS,
     "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": MANY,
