@@ -69,16 +69,16 @@ EXPERIMENTS = {
     # with less to train on: how little reaches nanoGPT's loss? And nanoGPT with the memory that ours has.
     "nanogpt": {
         "nanoGPT": NANOGPT | {"lengths": 2048},
-        "our model, AdamW, linear": {"optimizer": "adamw", "lengths": 2048},
+        "our model, AdamW, linear": {"optimizer": "adamw", "lengths": 2048, "lrs": (1e-3, 2e-3, 4e-3, 8e-3)},
         "and Muon": {"lengths": 2048},
         "and the lengths of the table": {},
-        "the same, 0.3 of the tokens": {"share": 0.3, "lrs": (4e-3,)},
-        "the same, 0.2 of the tokens": {"share": 0.2, "lrs": (4e-3,)},
+        "the same, 0.4 of the tokens": {"share": 0.4, "lrs": (4e-3,)},
+        "the same, 0.3 of the tokens": {"share": 0.3, "lrs": (4e-3, 8e-3)},
         "nanoGPT, beta2 0.99": NANOGPT | {"model": "gpt2-0.99", "lengths": 2048, "lrs": (1e-3, 2e-3), "seeds": False},
     },
     "lengths": {
         "the table": {"decay": "table", "lrs": (4e-3, 8e-3, 16e-3)},
-        "the table, cooling down": {"decay": "cooled", "lrs": (8e-3, 16e-3)},
+        "the table, cooling down": {"decay": "cooled", "lrs": (8e-3,)},
         "its lengths, linear decay": {},
         "2,048": {"lengths": 2048},
         "512": {"lengths": 512, "lrs": (4e-3, 8e-3)},

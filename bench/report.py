@@ -227,13 +227,15 @@ def draw(found: dict[str, dict[int, dict]], name: str, args, to: Path) -> None:
 
     plt.rcParams |= {"font.size": 13}
     more = {"changes": min(len(mine[0]["changes"]) for mine in found.values())}.get(name, 1)
-    figure, panels = plt.subplots(2, max(3, more), figsize=(16, 11), layout="constrained")
-    own, late = panels[1][:more], []
-    for panel in panels[1][more:]:
+    columns = (3 + more + 1) // 2
+    figure, panels = plt.subplots(2, columns, figsize=(6 * columns, 11), layout="constrained")
+    panels, own, rest = np.split(panels.flatten(), [3, 3 + more])
+    late = []
+    for panel in rest:
         panel.remove()
     for number, (variant, mine) in enumerate(found.items()):
         style = {"color": COLORS[number % len(COLORS)], "marker": "osv^DPX"[number % 7], "label": variant, "ms": 5}
-        for axis, panel in zip(AXES, panels[0]):
+        for axis, panel in zip(AXES, panels):
             spent, losses = np.mean([curve(result, axis) for result in mine.values()], axis=0)
             panel.plot(spent, losses, **style)
             late += [*losses[spent >= 0.4 * spent[-1]]]
@@ -251,13 +253,13 @@ def draw(found: dict[str, dict[int, dict]], name: str, args, to: Path) -> None:
         else:
             own[0].plot([b for _, b, _ in mine[0]["positions"]], np.mean(positions(mine), axis=0), **style)
             own[0].set(xscale="log", xlabel="position in the window, up to", ylabel="held-out loss")
-    for what, panel in zip(AXES.values(), panels[0]):
+    for what, panel in zip(AXES.values(), panels):
         panel.set(xlabel=what, ylabel="loss at length 2,048", ylim=(min(late) - 0.1, max(late) + 0.1))
-    for panel in [*panels[0], *own]:
+    for panel in [*panels, *own]:
         panel.grid(color="#d0d0d0")
         if panel.get_xscale() == "linear":
             panel.xaxis.set_major_formatter(tick)
-    panels[0][0].legend(fontsize=10)
+    panels[0].legend(fontsize=10)
     figure.savefig(to, dpi=100)
     plt.close(figure)
 
