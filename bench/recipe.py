@@ -69,7 +69,7 @@ EXPERIMENTS = {
     # with less to train on: how little reaches nanoGPT's loss? And nanoGPT with the memory that ours has.
     "nanogpt": {
         "nanoGPT": NANOGPT | {"lengths": 2048},
-        "our model, AdamW, linear": {"optimizer": "adamw", "lengths": 2048, "lrs": (1e-3, 2e-3, 4e-3, 8e-3)},
+        "our model, AdamW, linear": {"optimizer": "adamw", "lengths": 2048, "lrs": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)},
         "and Muon": {"lengths": 2048},
         "and the lengths of the table": {},
         "the same, 0.4 of the tokens": {"share": 0.4, "lrs": (4e-3,)},
