@@ -157,18 +157,12 @@ def stages_of(rows: list[tuple[float, int, float]], tokens: int, budget: float) 
     return tuple(stages), step
 
 
-def decayed(decay: str, progress: float) -> float:
-    """The factor of the learning rate when `progress` of the steps after the warmup are done."""
-    if decay == "cosine":  # nanoGPT's: to a tenth
-        return 0.55 + 0.45 * math.cos(math.pi * progress)
-    return {"linear": 1 - progress, "cooled": min(1.0, 5 * (1 - progress))}.get(decay, 1.0)
-
-
 def learning_rate_at(run: dict, config: Config, curriculum: Curriculum, step: int) -> float:
     stage = curriculum.at(step)
     progress = max(0, step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.55 + 0.45 * math.cos(math.pi * progress) if run["decay"] == "cosine" else 1.0  # nanoGPT's: to a tenth
     again = (step - stage.start + 1) / WARM if run["at_change"] == "warm" and stage.start else 1.0
-    return learning_rate(config, stage, step) * decayed(run["decay"], progress) * min(1.0, again)
+    return learning_rate(config, stage, step) * cosine * min(1.0, again)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -272,8 +266,10 @@ def train_run(run: dict, args: argparse.Namespace) -> dict:
         rows = [(share, seq_len, 1.0) for share, seq_len, _ in rows]
     stages, max_steps = stages_of(rows, run["tokens"], run["share"] * run["steps"] * run["tokens"])
     n_layer, n_embd = run["size"]
+    warmup = round(run["warmup"] * max_steps)
+    cooldown = {"linear": max_steps - warmup, "cooled": round((max_steps - warmup) / 5)}.get(run["decay"], 0)
     config = Config(
-        stages=stages, max_steps=max_steps, learning_rate=run["lr"], warmup_steps=round(run["warmup"] * max_steps),
+        stages=stages, max_steps=max_steps, learning_rate=run["lr"], warmup_steps=warmup, cooldown_steps=cooldown,
         optimizer=run["optimizer"], seed=run["seed"], n_layer=n_layer, n_head=max(1, n_embd // 64), n_embd=n_embd,
         device=args.device, dtype=args.dtype, compile=not args.eager, micro_batch_tokens=max(8_192, run["tokens"]),
     )  # fmt: skip
