@@ -75,7 +75,7 @@ class GPT2(nn.Module):
         return losses.view_as(targets), logits.argmax(-1) == targets
 
 
-def nanogpt_optimizer(model: GPT2, beta2: float = 0.95) -> torch.optim.Optimizer:
+def nanogpt_optimizer(model: GPT2, beta2: float) -> torch.optim.Optimizer:
     """Weight decay 0.1 on everything with two dimensions, the embeddings too. nanoGPT's train_shakespeare_char has a
     beta2 of 0.99 for its few tokens a step."""
     matrices, norms = ([weight for weight in model.parameters() if weight.ndim == ndim] for ndim in (2, 1))

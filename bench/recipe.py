@@ -10,7 +10,8 @@ data            an article is what lies between two 50256. The long ones (--long
                 dealt into folds in their order. Seed i trains without the long articles of fold i % folds, and without
                 their leads: articles of the same title. So what differs between seeds is the text as well
 held-out loss   windows of 2,048 targets that tile each held-out long article, so that none crosses its borders; what
-                remains of an article behind its last whole window is dropped. Nothing is chosen by it
+                remains of an article behind its last whole window is dropped. Nothing is chosen by it. `short` scores
+                the same targets in windows of 256
 validation loss windows of 2,048 of the dataset's own val split (many short articles): it chooses the learning rates
 budget          steps * tokens for all variants, to the nearest step: batches are of whole windows
 
@@ -45,7 +46,7 @@ from train import make_optimizers, pick_device, pick_dtype, set_up, train_step  
 # The experiments, in the order of their worth. A variant gives what differs from BASE.
 
 BASE = {
-    "model": "ours",  # 'gpt2': nanoGPT's; 'gpt2-0.99': the same with this beta2; 'learned': ours with learned positions
+    "model": "ours",  # 'gpt2': nanoGPT's; 'learned': ours with learned positions
     "optimizer": "muon",  # or 'adamw'; nanoGPT's model has its own AdamW
     "lengths": "table",  # of windows: curriculum9's by share of tokens; a number: fixed; else a name in `lengths`
     "decay": "linear",  # of the learning rate: to 0; 'cosine': to a tenth; 'table': the table's factors; 'cooled': with
@@ -56,17 +57,17 @@ BASE = {
     "at_change": "",  # 'warm': WARM steps of warmup after each change of length; 'reset': optimizers forget
     "watch": False,  # score around each change of length
     "lrs": (2e-3, 4e-3, 8e-3),  # the grid
-    "by": "val_loss",  # what chooses in it; 'own_val_loss': at the length that the run ends with
     "seeds": True,  # more than one
 }
+# Some have "beta2", of nanoGPT's AdamW, for 0.95, or "score_len", the windows that a score cuts, for LAST_LEN.
 # A grid of factors of two for all; each variant has the part of it in which its best lies.
 NANOGPT = {"model": "gpt2", "optimizer": "adamw", "decay": "cosine", "lrs": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
-SHORT = {"by": "own_val_loss", "seeds": False}
+SHORT = {"lengths": 256, "score_len": 256, "seeds": False}
 CHANGES = {"lengths": "doubling", "watch": True, "lrs": (4e-3,)}
 
 EXPERIMENTS = {
     # From nanoGPT's recipe to ours: its model, decay and second moment's memory; the optimizer; the lengths. Then ours
-    # with less to train on: how little reaches nanoGPT's loss? And nanoGPT with the memory that ours has.
+    # with less to train on: how little reaches nanoGPT's loss? And nanoGPT with the beta2 that ours has.
     "nanogpt": {
         "nanoGPT": NANOGPT | {"lengths": 2048},
         "our model, AdamW, linear": {"optimizer": "adamw", "lengths": 2048, "lrs": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)},
@@ -74,7 +75,7 @@ EXPERIMENTS = {
         "and the lengths of the table": {},
         "the same, 0.4 of the tokens": {"share": 0.4, "lrs": (4e-3,)},
         "the same, 0.3 of the tokens": {"share": 0.3, "lrs": (4e-3, 8e-3)},
-        "nanoGPT, beta2 0.99": NANOGPT | {"model": "gpt2-0.99", "lengths": 2048, "lrs": (1e-3, 2e-3), "seeds": False},
+        "nanoGPT, beta2 0.99": NANOGPT | {"lengths": 2048, "beta2": 0.99, "lrs": (1e-3, 2e-3), "seeds": False},
     },
     "lengths": {
         "2,048": {"lengths": 2048},
@@ -91,26 +92,26 @@ EXPERIMENTS = {
         "both: the table": {"decay": "table", "lrs": (2e-3, 4e-3, 8e-3, 16e-3)},
         "falling alone: linear": {"lengths": 2048},
         "both: linear": {},
-        "order reversed, linear": {"lengths": "reversed"},
-        "three stages, linear": {"lengths": "three"},
-        "length grows linearly, linear": {"lengths": "linear"},
+        # A grid of one: of all that has a linear fall, 4e-3 was the best.
+        "order reversed, linear": {"lengths": "reversed", "lrs": (4e-3,)},
+        "three stages, linear": {"lengths": "three", "lrs": (4e-3,)},
+        "length grows linearly, linear": {"lengths": "linear", "lrs": (4e-3,)},
     },
     "sizes": {
         "2 x 128": {"size": (2, 128), "lrs": (2e-3, 4e-3, 8e-3, 16e-3), "seeds": False},
         "4 x 256": {"size": (4, 256), "seeds": False},
         "8 x 512": {"size": (8, 512), "seeds": False},
     },
-    # Short windows, as nanoGPT's own small settings have them: chosen and scored by the loss at that length.
+    # Windows of 256, as nanoGPT's own small settings have them, and scored in such windows.
     "short": {
-        "nanoGPT, length 256": NANOGPT | {"lengths": 256, "lrs": (1e-3, 2e-3), **SHORT},
-        "ours, length 256": {"lengths": 256, "lrs": (4e-3, 8e-3), **SHORT},
+        "nanoGPT, length 256": NANOGPT | SHORT | {"lrs": (1e-3, 2e-3)},
+        "ours, length 256": SHORT | {"lrs": (4e-3, 8e-3)},
     },
     "changes": {
         "rotary": CHANGES,
         "learned": CHANGES | {"model": "learned"},
         "rotary, warmup again": CHANGES | {"at_change": "warm"},
         "rotary, moments reset": CHANGES | {"at_change": "reset"},
-        "learned, warmup again": CHANGES | {"model": "learned", "at_change": "warm"},
     },
 }
 
@@ -214,13 +215,13 @@ def build(run: dict, config: Config, device: torch.device, dtype: torch.dtype) -
     if run["model"] == "ours":
         return model, optimizers, *functions
     # set_up has made the process's choices for the device; its model makes room for another.
-    is_gpt2 = run["model"].startswith("gpt2")
+    is_gpt2 = run["model"] == "gpt2"
     model = (GPT2 if is_gpt2 else LearnedPositions)(model.config, LAST_LEN)
     model.init_weights(config.seed)
     model.to(device)
     functions = [model.loss, model.score]
     if is_gpt2:
-        optimizers = [nanogpt_optimizer(model, 0.99 if run["model"] == "gpt2-0.99" else 0.95)]
+        optimizers = [nanogpt_optimizer(model, run.get("beta2", 0.95))]
         functions = [torch.compile(f, dynamic=True) for f in functions]
     else:
         optimizers = make_optimizers(model, config)
@@ -278,7 +279,9 @@ def train_run(run: dict, args: argparse.Namespace) -> dict:
     torch._dynamo.reset()  # the graphs of the run before
     model, optimizers, loss_of, score_of = build(run, config, device, pick_dtype(config.dtype, device))
 
-    def score(windows: np.ndarray, seq_len: int = LAST_LEN) -> np.ndarray:
+    score_len = run.get("score_len", LAST_LEN)
+
+    def score(windows: np.ndarray, seq_len: int = score_len) -> np.ndarray:
         return token_losses(score_of, windows, seq_len, device, config)
 
     due = {round(max_steps * i / POINTS) for i in range(POINTS + 1)}
@@ -315,13 +318,13 @@ def train_run(run: dict, args: argparse.Namespace) -> dict:
     seconds = np.cumsum([0.0, *(middle[curriculum.index(s)] * curriculum.at(s).tokens_per_step for s in steps)])
     for point in points:
         point["seconds"] = float(seconds[point["step"]])
-    losses, val_losses, own_len = score(held_out), score(val), stages[-1][1]
-    own, own_val = (losses, val_losses) if own_len == LAST_LEN else (score(held_out, own_len), score(val, own_len))
+    losses, own_len = score(held_out), stages[-1][1]
+    own = losses if own_len == score_len else score(held_out, own_len)
     edges = [0, *(2**i for i in range(6, 11)), LAST_LEN]
     return {
         "run": run, "stages": stages, "skipped": skipped, "points": points, "changes": changes,
-        "loss": float(losses.mean()), "val_loss": float(val_losses.mean()),
-        "own_len": own_len, "own_loss": float(own.mean()), "own_val_loss": float(own_val.mean()),
+        "loss": float(losses.mean()), "val_loss": float(score(val).mean()),
+        "own_len": own_len, "own_loss": float(own.mean()),
         "articles": [[int(n), losses[owners == n].size, float(losses[owners == n].mean())] for n in np.unique(owners)],
         "positions": [[a, b, float(losses[:, a:b].mean())] for a, b in zip(edges, edges[1:])],
         "params": sum(weight.numel() for weight in model.parameters()), "torch": torch.__version__,
@@ -339,7 +342,7 @@ def settings(variant: dict, lr: float | None, seed: int, args: argparse.Namespac
     run = BASE | variant | {"lr": lr, "seed": seed, "data": Path(args.data_dir).name}
     run |= {key: getattr(args, key) for key in ("steps", "tokens", "folds", "long", "windows", "few", "dtype")}
     run["size"] = list(run["size"] or (args.n_layer, args.n_embd))
-    return {key: value for key, value in run.items() if key not in ("lrs", "by", "seeds")}
+    return {key: value for key, value in run.items() if key not in ("lrs", "seeds")}
 
 
 def result_path(run: dict, args: argparse.Namespace) -> Path:
@@ -358,9 +361,9 @@ def read(run: dict, args: argparse.Namespace) -> dict | None:
 
 def best_lr(variant: dict, args: argparse.Namespace) -> float | None:
     """Of the grid, by validation loss with seed 0; None until all of it is done."""
-    lrs, by = (BASE | variant)["lrs"], (BASE | variant)["by"]
+    lrs = (BASE | variant)["lrs"]
     done = [read(settings(variant, lr, 0, args), args) for lr in lrs]
-    return None if None in done else min(zip(lrs, done), key=lambda pair: pair[1][by])[0]
+    return None if None in done else min(zip(lrs, done), key=lambda pair: pair[1]["val_loss"])[0]
 
 
 def runs(variant: dict, args: argparse.Namespace) -> Iterator[dict]:

@@ -5,8 +5,8 @@
 Prints a section per experiment; --pictures draws one each into a folder as well. What is not done yet is said, and what
 is done is shown. Of each variant the runs at the learning rate that validation chose:
 
-held-out loss   of the long articles, windows of 2,048, all seeds' targets together; +- is its standard error over the
-                articles. Seeds hold out different articles, so the range over seeds is of texts, too
+held-out loss   of the long articles, windows of 2,048 (`short`: 256), all seeds' targets together; +- is its standard
+                error over the articles. Seeds hold out different articles, so the range over seeds is of texts, too
 difference      to the first variant, on the same articles: its standard error over the articles of all seeds, and its
                 range over the seeds, are what tells two variants apart
 at equal ...    the difference to the first variant on a few windows, interpolated between a run's points, where the
@@ -226,7 +226,7 @@ def draw(found: dict[str, dict[int, dict]], name: str, args, to: Path) -> None:
     from matplotlib import pyplot as plt
 
     plt.rcParams |= {"font.size": 13}
-    more = {"changes": min(len(mine[0]["changes"]) for mine in found.values())}.get(name, 1)
+    more = {"changes": min(len(mine[0]["changes"]) for mine in found.values()), "short": 0}.get(name, 1)
     columns = (3 + more + 1) // 2
     figure, panels = plt.subplots(2, columns, figsize=(6 * columns, 11), layout="constrained")
     panels, own, rest = np.split(panels.flatten(), [3, 3 + more])
@@ -250,11 +250,11 @@ def draw(found: dict[str, dict[int, dict]], name: str, args, to: Path) -> None:
             lrs, results = zip(*grid_of(EXPERIMENTS[name][variant], args).items())
             own[0].plot(lrs, [result["val_loss"] for result in results], **style)
             own[0].set(xscale="log", xlabel="learning rate", ylabel="validation loss")
-        else:
+        elif name != "short":
             own[0].plot([b for _, b, _ in mine[0]["positions"]], np.mean(positions(mine), axis=0), **style)
             own[0].set(xscale="log", xlabel="position in the window, up to", ylabel="held-out loss")
     for what, panel in zip(AXES.values(), panels):
-        panel.set(xlabel=what, ylabel="loss at length 2,048", ylim=(min(late) - 0.1, max(late) + 0.1))
+        panel.set(xlabel=what, ylabel="held-out loss", ylim=(min(late) - 0.1, max(late) + 0.1))
     for panel in [*panels, *own]:
         panel.grid(color="#d0d0d0")
         if panel.get_xscale() == "linear":
@@ -307,7 +307,7 @@ def section(name: str, args) -> str:
     text += main_table(found, name)
     if len(found) > 1:
         text += "\n" + reach_table(found)
-    if name not in ("sizes", "changes"):
+    if name not in ("sizes", "changes", "short"):
         text += "\n" + position_table(with_all_seeds(found))
     if name == "sizes":
         text += "\n" + size_table(found, name, args)

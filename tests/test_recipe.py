@@ -187,6 +187,16 @@ def test_a_run_from_the_articles_to_the_report(sample_dir, tmp_path, monkeypatch
     assert "Not done yet" in report.section("sizes", args)
 
 
+def test_short_windows_are_scored_as_such(sample_dir, tmp_path):
+    """The same run scored at 2,048 and at 256: what the first says of its own length, the second says of everything."""
+    args = argparse.Namespace(**vars(SMALL) | {"steps": 1}, data_dir=str(sample_dir), results=str(tmp_path))
+    at_2048, at_256 = (recipe.train_run(recipe.settings({"lengths": 256, **more}, 1e-2, 0, args), args)
+                       for more in ({}, {"score_len": 256}))  # fmt: skip
+    assert at_2048["own_len"] == at_256["own_len"] == 256
+    assert at_2048["own_loss"] == at_256["own_loss"] == at_256["loss"] != at_2048["loss"]
+    assert at_256["points"][-1]["loss"] != at_2048["points"][-1]["loss"]
+
+
 def result_of(loss, spent: dict[str, list[float]], articles: list[tuple[int, float]]) -> dict:
     """A result whose loss after so many tokens is loss(tokens)."""
     points = [dict(zip(spent, values)) | {"loss": loss(values[0])} for values in zip(*spent.values())]
