@@ -29,7 +29,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     vocab_size: int = 50304
-    rope_base: float = 10000.0
+    rope_base: float = 10000.0  # Su et al. 2021; kept at this size by Marek et al. and Semenov et al. 2025
     norm_eps: float = 1e-6
 
     @property

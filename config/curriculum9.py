@@ -18,6 +18,15 @@ stages = (
     (50_000, 2_048, 8, 0.3),  # knowledge
 )
 max_steps = 100_000
+
+# Published best rates of Muon at 124M to 130M, in batches 32 times ours, are 1.8e-3 to 3.6e-3 (modded-nanogpt's records
+# of October 2024; Wen et al. 2025). Smaller batches want smaller ones: by the square root that makes 0.3e-3 to 0.6e-3,
+# by the power 0.3, as AdamW's best rates fall (Marek et al. 2025), 0.6e-3 to 1.3e-3. The table's factors average 0.9.
+learning_rate = 6e-4
+# The table's first rate, 6.8e-3, is above all of these. At 130M AdamW diverged at 8e-3 with 500 steps of warmup and did
+# not with 1,000 (Wen et al. 2025).
+warmup_steps = 1_000
+weight_decay = 0.1  # with Muon at 130M better than 0 by 0.06 nats and than 0.2 by 0.01 (Wen et al. 2025)
 # A steady rate with a cooldown does as well as cosine (Haegele et al. 2024). A fifth of the steps is chosen: on small
 # models it gained 0.015 and 0.03 nats, one seed each, which is about what seeds differ by (bench/RESULTS.md).
 cooldown_steps = 20_000

@@ -7,5 +7,6 @@ from config import curriculum9
 from curriculum import at_length
 
 out_dir = "out/fixed2048"
-cooldown_steps = curriculum9.cooldown_steps
+learning_rate, weight_decay = curriculum9.learning_rate, curriculum9.weight_decay
+warmup_steps, cooldown_steps = curriculum9.warmup_steps, curriculum9.cooldown_steps
 stages, max_steps = at_length(curriculum9.stages, curriculum9.max_steps, seq_len=2_048, batch_size=8)
