@@ -159,6 +159,22 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: ... which never shrinks
 
 
+def compile_block(module: torch.nn.Module) -> None:
+    """Compiles the forward pass of a module whose first argument is x (B, ...): once, for all B and T.
+
+    Left alone, torch would compile anew for a single window, where B is 1, for more tokens than a CPU's 4,096 where the
+    first part had fewer, and, with duck shaping, for as many windows as each has tokens.
+    """
+    torch.fx.experimental._config.use_duck_shape = False
+    forward = torch.compile(module.forward, dynamic=True)
+
+    def forward_any(x: Tensor, *arguments: object) -> Tensor:
+        torch._dynamo.decorators.mark_unbacked(x, 0)
+        return forward(x, *arguments)
+
+    module.forward = forward_any
+
+
 def set_up(
     config: Config, max_len: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, list[torch.optim.Optimizer], Callable, Callable]:
@@ -168,10 +184,7 @@ def set_up(
 
     compiled        block by block: one graph serves all layers, so a deeper model compiles no longer; the embedding's
                     look-up and the head's large products would gain nothing
-    shapes          symbols, on both: a graph serves the whole table. Sizes that happen to be equal do not become one
-                    symbol (with duck shaping, 128 windows of 128 would compile anew). A part of a single window
-                    compiles anew, once, and so does one of more than some thousand tokens (a CPU: 4,096) where the
-                    first had fewer, and the other way round: up to 12 graphs, where torch would give up at 8
+    shapes          symbols, on both: a graph serves the whole table (compile_block)
     CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work
     attention       on a GPU not cuDNN's kernel, which torch prefers on an H100: it makes a plan for each new shape
     loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type, 1.6 GB for 16,384
@@ -187,8 +200,6 @@ def set_up(
     if device.type == "cpu":
         keep_memory()
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU
-    torch.fx.experimental._config.use_duck_shape = False
-    torch._dynamo.config.recompile_limit = 32
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     model = GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), max_len)
@@ -196,7 +207,7 @@ def set_up(
     model.to(device)
     torch.compiler.set_stance("default" if config.compile else "force_eager")
     for module in (*model.blocks, model.norm):
-        module.compile(dynamic=True)
+        compile_block(module)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     return model, make_optimizers(model, config), autocast(model.loss), autocast(model.score)
 

@@ -40,7 +40,7 @@ from curriculum import Curriculum, format_table, learning_rate  # noqa: E402
 from dataset import Split, open_dataset  # noqa: E402
 from errors import CommandLine, UserError, user_errors  # noqa: E402
 from parallel import parts, to_device  # noqa: E402
-from train import make_optimizers, pick_device, pick_dtype, set_up, train_step  # noqa: E402
+from train import compile_block, make_optimizers, pick_device, pick_dtype, set_up, train_step  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------------------
 # The experiments, in the order of their worth. A variant gives what differs from BASE.
@@ -227,7 +227,7 @@ def build(run: dict, config: Config, device: torch.device, dtype: torch.dtype) -
         optimizers = make_optimizers(model, config)
         optimizers[0].add_param_group({"params": [model.positions.weight]})
         for module in (*model.blocks, model.norm):
-            module.compile(dynamic=True)
+            compile_block(module)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     return model, optimizers, *map(autocast, functions)
 
