@@ -160,16 +160,20 @@ def keep_memory() -> None:
 
 
 def compile_block(module: torch.nn.Module) -> None:
-    """Compiles the forward pass of a module whose first argument is x (B, ...): once, for all B and T.
+    """Compiles the forward pass of a module whose first argument is x (B, ...), for all B and T.
 
-    Left alone, torch would compile anew for a single window, where B is 1, for more tokens than a CPU's 4,096 where the
-    first part had fewer, and, with duck shaping, for as many windows as each has tokens.
+    Left alone, torch compiles anew for a single window, where B is 1, for more tokens than some thousand (a CPU: 4,096)
+    where the first had fewer and, with duck shaping, for as many windows as each has tokens. On a CPU it is told that B
+    may be anything, which leaves one graph to train by and one to score by. A GPU might then index with 64 bits and was
+    not tried: there, up to 12 graphs can be needed, where torch would give up at 8.
     """
     torch.fx.experimental._config.use_duck_shape = False
+    torch._dynamo.config.recompile_limit = 32
     forward = torch.compile(module.forward, dynamic=True)
 
     def forward_any(x: Tensor, *arguments: object) -> Tensor:
-        torch._dynamo.decorators.mark_unbacked(x, 0)
+        if x.device.type == "cpu":
+            torch._dynamo.decorators.mark_unbacked(x, 0)
         return forward(x, *arguments)
 
     module.forward = forward_any

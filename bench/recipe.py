@@ -62,8 +62,9 @@ BASE = {
 # Some have "beta2", of nanoGPT's AdamW, for 0.95, or "score_len", the windows that a score cuts, for LAST_LEN.
 # A grid of factors of two for all; each variant has the part of it in which its best lies.
 NANOGPT = {"model": "gpt2", "optimizer": "adamw", "decay": "cosine", "lrs": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
+LONGER = {"size": (2, 128), "share": 10.0, "lrs": (4e-3,)}
 SHORT = {"lengths": 256, "score_len": 256, "seeds": False}
-CHANGES = {"lengths": "doubling", "watch": True, "lrs": (4e-3,)}
+DOUBLING = {"lengths": "doubling", "watch": True, "lrs": (4e-3,)}
 
 EXPERIMENTS = {
     # From nanoGPT's recipe to ours: its model, decay and second moment's memory; the optimizer; the lengths. Then ours
@@ -73,8 +74,10 @@ EXPERIMENTS = {
         "our model, AdamW, linear": {"optimizer": "adamw", "lengths": 2048, "lrs": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)},
         "and Muon": {"lengths": 2048},
         "and the lengths of the table": {},
-        "the same, 0.4 of the tokens": {"share": 0.4, "lrs": (4e-3,)},
-        "the same, 0.3 of the tokens": {"share": 0.3, "lrs": (4e-3, 8e-3)},
+        "or lengths that double": DOUBLING,
+        "the table, 0.4 of the tokens": {"share": 0.4, "lrs": (4e-3,)},
+        "the table, 0.3 of the tokens": {"share": 0.3, "lrs": (4e-3, 8e-3)},
+        "doubling, 0.3 of the tokens": {"lengths": "doubling", "share": 0.3, "lrs": (4e-3, 8e-3)},
         "nanoGPT, beta2 0.99": NANOGPT | {"lengths": 2048, "beta2": 0.99, "lrs": (1e-3, 2e-3), "seeds": False},
     },
     "lengths": {
@@ -84,6 +87,7 @@ EXPERIMENTS = {
         "the table": {"decay": "table", "lrs": (2e-3, 4e-3, 8e-3, 16e-3)},
         "the table, cooling down": {"decay": "cooled", "lrs": (4e-3,)},
         "its lengths, linear decay": {},
+        "doubling, linear decay": DOUBLING,
     },
     "parts": {
         "2,048, constant": {"lengths": 2048, "decay": "constant", "lrs": (2e-3, 4e-3)},
@@ -96,11 +100,20 @@ EXPERIMENTS = {
         "order reversed, linear": {"lengths": "reversed", "lrs": (4e-3,)},
         "three stages, linear": {"lengths": "three", "lrs": (4e-3,)},
         "length grows linearly, linear": {"lengths": "linear", "lrs": (4e-3,)},
+        "length doubles, linear": DOUBLING,
     },
     "sizes": {
         "2 x 128": {"size": (2, 128), "lrs": (2e-3, 4e-3, 8e-3, 16e-3), "seeds": False},
         "4 x 256": {"size": (4, 256), "seeds": False},
         "8 x 512": {"size": (8, 512), "seeds": False},
+    },
+    # Ten times the tokens, of a smaller model: is context used by then, and what is growing worth?
+    "longer": {
+        "2,048": LONGER | {"lengths": 2048},
+        "512": LONGER | {"lengths": 512},
+        "64": LONGER | {"lengths": 64},
+        "the table's lengths": LONGER,
+        "doubling": LONGER | {"lengths": "doubling"},
     },
     # Windows of 256, as nanoGPT's own small settings have them, and scored in such windows.
     "short": {
@@ -108,10 +121,10 @@ EXPERIMENTS = {
         "ours, length 256": SHORT | {"lrs": (4e-3, 8e-3)},
     },
     "changes": {
-        "rotary": CHANGES,
-        "learned": CHANGES | {"model": "learned"},
-        "rotary, warmup again": CHANGES | {"at_change": "warm"},
-        "rotary, moments reset": CHANGES | {"at_change": "reset"},
+        "rotary": DOUBLING,
+        "learned": DOUBLING | {"model": "learned"},
+        "rotary, warmup again": DOUBLING | {"at_change": "warm"},
+        "rotary, moments reset": DOUBLING | {"at_change": "reset"},
     },
 }
 

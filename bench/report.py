@@ -109,7 +109,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def main_table(found: dict[str, dict[int, dict]], name: str) -> str:
     """Every variant at its best learning rate."""
-    whole = [r for variant, mine in found.items() for r in mine.values() if mine[0]["run"]["share"] == 1]
+    whole = [r for variant, mine in found.items() for r in mine.values() if mine[0]["run"]["share"] >= 1]
     first = next(iter(found.values()))
     rows = []
     for variant, mine in found.items():
@@ -297,10 +297,10 @@ def section(name: str, args) -> str:
         return text
     results = [result for mine in found.values() for result in mine.values()]
     where = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}" for r in results})
-    run = results[0]["run"]
+    run = max((result["run"] for result in results), key=lambda run: run["share"])
     text += (f"`python bench/recipe.py {name} --data_dir={args.data_dir} --steps={args.steps} --tokens={args.tokens} "
              f"--seeds={args.seeds} --n_layer={args.n_layer} --n_embd={args.n_embd}`: a whole run has "
-             f"{short(run['steps'] * run['tokens'])} tokens; seed i holds out fold i of {run['folds']} "
+             f"{short(run['share'] * run['steps'] * run['tokens'])} tokens; seed i holds out fold i of {run['folds']} "
              f"({'; '.join(where)}).\n\n")  # fmt: skip
     if skipped := sum(result["skipped"] > 0 for result in results):
         text += f"{skipped} of these runs had steps without a finite gradient, which were skipped.\n\n"
