@@ -5,7 +5,7 @@ python bench/forecast.py config/sprint.py          what is expected of it, from 
 
 Nobody has run it yet. 65,000 steps of 16,384 tokens, 1,065M in all. Lengths double, each for a quarter of the tokens:
 the best of those tried on small models (bench/RESULTS.md), which the forecast leaves out. The rate stays, then falls to
-nothing: in the curve that the forecast rests on, that fall is worth 0.09 nats. 256, the factors and the rate are chosen.
+nothing: in the curve that the forecast rests on, that fall is worth 0.09 nats. 256, factors and rate are chosen.
 """
 
 out_dir = "out/sprint"
