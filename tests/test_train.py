@@ -20,8 +20,8 @@ from model import GPT, GPTConfig
 from parallel import parts
 from validate import Best
 
-# Nine stages of a step each: as many windows as each has tokens, more tokens than 4,096, and single windows, all of which
-# torch likes to compile anew for.
+# Nine stages of a step each. As many windows as each has tokens, more tokens than 4,096, single windows: torch likes to
+# compile anew for each of these.
 SHAPES = ((64, 64), (128, 32), (256, 16), (512, 16), (768, 5), (1024, 4), (1536, 1), (2048, 1), (2048, 2))
 NINE = tuple((i, *shape, 1.0) for i, shape in enumerate(SHAPES))
 
