@@ -50,7 +50,7 @@ BASE = {
     "optimizer": "muon",  # or 'adamw'; nanoGPT's model has its own AdamW
     "lengths": "table",  # of windows: curriculum9's by share of tokens; a number: fixed; else a name in `lengths`
     "decay": "linear",  # of the learning rate: to 0; 'cosine': to a tenth; 'table': the table's factors; 'cooled': with
-    # a last fifth that takes them to 0; 'constant'
+    # a last part that takes them to 0; 'constant'
     "warmup": 0.1,  # share of the steps
     "share": 1.0,  # of the budget
     "size": None,  # (n_layer, n_embd), if not that of the command line
@@ -59,7 +59,8 @@ BASE = {
     "lrs": (2e-3, 4e-3, 8e-3),  # the grid
     "seeds": True,  # more than one
 }
-# Some have "beta2", of nanoGPT's AdamW, for 0.95, or "score_len", the windows that a score cuts, for LAST_LEN.
+# Some have "beta2", of nanoGPT's AdamW, for 0.95; "score_len", the windows that a score cuts, for LAST_LEN; or
+# "cooldown", the last part's share, for a fifth.
 # A grid of factors of two for all; each variant has the part of it in which its best lies.
 NANOGPT = {"model": "gpt2", "optimizer": "adamw", "decay": "cosine", "lrs": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
 LONGER = {"size": (2, 128), "share": 10.0, "lrs": (4e-3,)}
@@ -86,6 +87,7 @@ EXPERIMENTS = {
         "64": {"lengths": 64},
         "the table": {"decay": "table", "lrs": (2e-3, 4e-3, 8e-3, 16e-3)},
         "the table, cooling down": {"decay": "cooled", "lrs": (4e-3,)},
+        "the table, cooling down over half": {"decay": "cooled", "cooldown": 0.5, "lrs": (4e-3,), "seeds": False},
         "its lengths, linear decay": {},
         "doubling, linear decay": DOUBLING,
     },
@@ -281,9 +283,10 @@ def train_run(run: dict, args: argparse.Namespace) -> dict:
     stages, max_steps = stages_of(rows, run["tokens"], run["share"] * run["steps"] * run["tokens"])
     n_layer, n_embd = run["size"]
     warmup = round(run["warmup"] * max_steps)
-    cooldown = {"linear": max_steps - warmup, "cooled": round((max_steps - warmup) / 5)}.get(run["decay"], 0)
+    cooled = {"linear": 1.0, "cooled": run.get("cooldown", 0.2)}.get(run["decay"], 0.0)
     config = Config(
-        stages=stages, max_steps=max_steps, learning_rate=run["lr"], warmup_steps=warmup, cooldown_steps=cooldown,
+        stages=stages, max_steps=max_steps, learning_rate=run["lr"], warmup_steps=warmup,
+        cooldown_steps=round(cooled * (max_steps - warmup)),
         optimizer=run["optimizer"], seed=run["seed"], n_layer=n_layer, n_head=max(1, n_embd // 64), n_embd=n_embd,
         device=args.device, dtype=args.dtype, compile=not args.eager, micro_batch_tokens=max(8_192, run["tokens"]),
     )  # fmt: skip
