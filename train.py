@@ -188,7 +188,7 @@ def set_up(
 
     compiled        block by block: one graph serves all layers, so a deeper model compiles no longer; the embedding's
                     look-up and the head's large products would gain nothing
-    shapes          symbols, on both: a graph serves the whole table (compile_block)
+    shapes          symbols, on both: a graph serves many shapes, on a CPU the whole table (compile_block)
     CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work
     attention       on a GPU not cuDNN's kernel, which torch prefers on an H100: it makes a plan for each new shape
     loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type, 1.6 GB for 16,384

@@ -15,10 +15,11 @@ Its kin     the same with AdamW in Muon's place ends at 3.3406 (log 95a9fd44 bes
             needs 5.0B tokens for 3.276 (2024-06-06_AdamW), llm.c 10.3B for 3.272 (2024-10-13_llmc). A variant with
             further changes got 3.286 out of 0.92B tokens on one RTX 4090, at 130,000 to 140,000 tokens/s
             (huggingface.co/DevParker/NanoGPT-124m-In-A-Cave-With-A-Box-Of-Scraps)
-Ours        is much like the curve's, so that may be all. Or one goes by nanoGPT's recipe, which llm.c's is: ours needs
-            0.38 of its tokens for its loss on small models (bench/RESULTS.md), and if it does at this size, 3.272 comes
-            later than in the curve. The forecast is half way between the two. What a growing length gains is left out:
-            on small models, which use no context, it says nothing about this size
+Ours        is much like the curve's recipe, so perhaps nothing is to be added. Or one goes by nanoGPT's, which is
+            llm.c's: with the table's lengths ours needs 0.38 of its tokens for its loss on small models
+            (bench/RESULTS.md), and if it does at this size, 3.272 comes later than in the curve. The forecast is half
+            way between the two. Nothing is added for other lengths: small models, which use no context, do not say what
+            they gain at this size
 Wikipedia   no curve of such a model on Wikipedia was found. OpenAI's GPT-2 of this size has 3.29 on FineWeb-Edu
             (debtirthasaha.github.io/blog/2026/gpt2-124m) and 3.12 on OpenWebText; tuned on that, 2.85 (nanoGPT's
             README); tuned on WikiText-103, 2.99 (huggingface.co/Graphcore/gpt2-wikitext-103) or, in sliding windows,

@@ -10,7 +10,7 @@ data            an article is what lies between two 50256. The long ones (--long
                 dealt into folds in their order. Seed i trains without the long articles of fold i % folds, and without
                 their leads: articles of the same title. So what differs between seeds is the text as well
 held-out loss   windows of 2,048 targets that tile each held-out long article, so that none crosses its borders; what
-                remains of an article behind its last whole window is dropped. Nothing is chosen by it. `short` scores
+                remains of an article behind its last whole window is dropped. No rate is chosen by it. `short` scores
                 the same targets in windows of 256
 validation loss windows of 2,048 of the dataset's own val split (many short articles): it chooses the learning rates
 budget          steps * tokens for all variants, to the nearest step: batches are of whole windows
@@ -61,7 +61,7 @@ BASE = {
 }
 # Some have "beta2", of nanoGPT's AdamW, for 0.95; "score_len", the windows that a score cuts, for LAST_LEN; or
 # "cooldown", the last part's share, for a fifth.
-# A grid of factors of two for all; each variant has the part of it in which its best lies.
+# A grid of factors of two for all, of which each variant has a part.
 NANOGPT = {"model": "gpt2", "optimizer": "adamw", "decay": "cosine", "lrs": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
 LONGER = {"size": (2, 128), "share": 10.0, "lrs": (4e-3,)}
 SHORT = {"lengths": 256, "score_len": 256, "seeds": False}
@@ -98,7 +98,7 @@ EXPERIMENTS = {
         "both: the table": {"decay": "table", "lrs": (2e-3, 4e-3, 8e-3, 16e-3)},
         "falling alone: linear": {"lengths": 2048},
         "both: linear": {},
-        # A grid of one: of all that has a linear fall, 4e-3 was the best.
+        # A grid of one: what was best with a linear fall, of 2,048 and of the table's lengths.
         "order reversed, linear": {"lengths": "reversed", "lrs": (4e-3,)},
         "three stages, linear": {"lengths": "three", "lrs": (4e-3,)},
         "length grows linearly, linear": {"lengths": "linear", "lrs": (4e-3,)},

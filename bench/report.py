@@ -13,7 +13,8 @@ at equal ...    the difference to the first variant on a few windows, interpolat
                 cheapest whole run ends. A learning rate that has not fallen yet costs a run that goes on behind that
                 point. Compare times only where they differ by more than a tenth: the machine does by itself
 
-By position and in pictures stand the variants with all seeds: others speak of other texts.
+By position and in pictures stand the variants with all seeds, for others speak of other texts; in the pictures of
+`sizes` and `changes` all variants, by the seeds that they share.
 """
 
 import sys
@@ -165,6 +166,11 @@ def with_all_seeds(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dic
     return {variant: mine for variant, mine in found.items() if len(mine) == most}
 
 
+def with_shared_seeds(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
+    shared = set.intersection(*map(set, found.values()))
+    return {variant: {seed: mine[seed] for seed in shared} for variant, mine in found.items()}
+
+
 def positions(results: dict[int, dict]) -> list[list[float]]:
     return [[loss for *_, loss in result["positions"]] for result in results.values()]
 
@@ -314,7 +320,8 @@ def section(name: str, args) -> str:
     if name == "changes":
         text += "\n" + change_table(found)
     if args.pictures:
-        draw(with_all_seeds(found), name, args, Path(args.pictures) / f"recipe_{name}.png")
+        select = with_shared_seeds if name in ("sizes", "changes") else with_all_seeds
+        draw(select(found), name, args, Path(args.pictures) / f"recipe_{name}.png")
         text += f"\n![{name}](recipe_{name}.png)\n"
     return text
 

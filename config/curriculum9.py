@@ -28,7 +28,7 @@ learning_rate = 6e-4
 warmup_steps = 1_000
 weight_decay = 0.1  # with Muon at 130M better than 0 by 0.06 nats and than 0.2 by 0.01 (Wen et al. 2025)
 # A steady rate with a cooldown does as well as cosine (Haegele et al. 2024). A fifth of the steps is chosen: on small
-# models it gained 0.015 and 0.03 nats and a half lost 0.02, one seed each, which is what seeds differ by
+# models it gained 0.016 and 0.03 nats and a half lost 0.02, one seed each, which is what seeds differ by
 # (bench/RESULTS.md).
 cooldown_steps = 20_000
 phases = (("foundation", 12_000), ("comprehension", 35_000), ("mastery", 100_000))
