@@ -162,13 +162,10 @@ def keep_memory() -> None:
 def compile_block(module: torch.nn.Module) -> None:
     """Compiles the forward pass of a module whose first argument is x (B, ...), for all B and T.
 
-    Left alone, torch compiles anew for a single window, where B is 1, for more tokens than some thousand (a CPU: 4,096)
-    where the first had fewer and, with duck shaping, for as many windows as each has tokens. On a CPU it is told that B
-    may be anything, which leaves one graph to train by and one to score by. A GPU might then index with 64 bits and was
-    not tried: there, up to 12 graphs can be needed, where torch would give up at 8.
+    Left alone, torch compiles anew for a single window, where B is 1, and for more tokens than some thousand (a CPU:
+    4,096) where the first had fewer. On a CPU it is told that B may be anything, which leaves one graph to train by and
+    one to score by. A GPU might then index with 64 bits, and was not tried.
     """
-    torch.fx.experimental._config.use_duck_shape = False
-    torch._dynamo.config.recompile_limit = 32
     forward = torch.compile(module.forward, dynamic=True)
 
     def forward_any(x: Tensor, *arguments: object) -> Tensor:
@@ -188,7 +185,9 @@ def set_up(
 
     compiled        block by block: one graph serves all layers, so a deeper model compiles no longer; the embedding's
                     look-up and the head's large products would gain nothing
-    shapes          symbols, on both: a graph serves many shapes, on a CPU the whole table (compile_block)
+    shapes          symbols, on both: a graph serves many shapes, on a CPU the whole table (compile_block). Sizes that
+                    happen to be equal do not become one symbol (with duck shaping, 128 windows of 128 would compile
+                    anew). A GPU may need up to 12 graphs, where torch would give up at 8
     CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work
     attention       on a GPU not cuDNN's kernel, which torch prefers on an H100: it makes a plan for each new shape
     loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type, 1.6 GB for 16,384
@@ -204,6 +203,8 @@ def set_up(
     if device.type == "cpu":
         keep_memory()
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU
+    torch.fx.experimental._config.use_duck_shape = False
+    torch._dynamo.config.recompile_limit = 32
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     model = GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), max_len)
