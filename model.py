@@ -81,7 +81,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I) times weight (O, I) transposed. A single row as a vector: in bfloat16 a CPU is faster at that."""
+    """x (..., I) times weight (O, I) transposed. A single row as a vector: in bfloat16 a CPU with AMX is faster."""
     if torch.compiler.is_compiling() or x.numel() > x.shape[-1]:  # compiled, how many rows is not known
         return F.linear(x, weight)
     return weight.mv(x.flatten().to(weight.dtype)).view(*x.shape[:-1], -1)

@@ -136,12 +136,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products. 'auto' is bfloat16 where it is fast (a CPU without it would emulate it, and so would
-    a GPU); else float16 on a GPU and float32 on a CPU."""
+    """The type of matrix products. 'auto' is bfloat16 where it is fast: a GPU without it would emulate it, and a CPU
+    without AMX, if it has it at all, makes such products half as fast as those in float32. Else it is float16 on a GPU
+    and float32 on a CPU."""
     if name == "auto" and device.type == "cuda":
         name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif name == "auto":
-        name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+        name = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
     if name not in ("bfloat16", "float16", "float32"):
         raise UserError(f"dtype={name!r} is none of 'auto', 'bfloat16', 'float16', 'float32'")
     return getattr(torch, name)

@@ -59,8 +59,8 @@ BASE = {
     "lrs": (2e-3, 4e-3, 8e-3),  # the grid
     "seeds": True,  # more than one
 }
-# Some have "beta2", of nanoGPT's AdamW, for 0.95; "score_len", the windows that a score cuts, for LAST_LEN; or
-# "cooldown", the last part's share, for a fifth.
+# Some have "beta2", of nanoGPT's AdamW, for 0.95; "score_len", the windows that a score cuts (a divisor of LAST_LEN),
+# for LAST_LEN; or "cooldown", the last part's share, for a fifth.
 # A grid of factors of two for all, of which each variant has a part.
 NANOGPT = {"model": "gpt2", "optimizer": "adamw", "decay": "cosine", "lrs": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
 LONGER = {"size": (2, 128), "share": 10.0, "lrs": (4e-3,)}
@@ -247,6 +247,13 @@ def build(run: dict, config: Config, device: torch.device, dtype: torch.dtype) -
     return model, optimizers, *map(autocast, functions)
 
 
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    amx = torch.cpu.get_capabilities().get("amx_bf16")  # it makes products in bfloat16 some three times as fast
+    return f"CPU {'with' if amx else 'without'} AMX"
+
+
 def flops_per_token(model: torch.nn.Module, seq_len: int) -> int:
     """As GPTConfig.flops_per_token, of any of the models: their matrices, but not the table of positions."""
     matrices = sum(w.numel() for name, w in model.named_parameters() if w.ndim == 2 and name != "positions.weight")
@@ -336,15 +343,16 @@ def train_run(run: dict, args: argparse.Namespace) -> dict:
         point["seconds"] = float(seconds[point["step"]])
     losses, own_len = score(held_out), stages[-1][1]
     own = losses if own_len == score_len else score(held_out, own_len)
-    edges = [0, *(2**i for i in range(6, 11)), LAST_LEN]
+    by_position = losses.reshape(-1, score_len)
+    edges = [0, *(2**i for i in range(6, 11) if 2**i < score_len), score_len]
     return {
         "run": run, "stages": stages, "skipped": skipped, "points": points, "changes": changes,
         "loss": float(losses.mean()), "val_loss": float(score(val).mean()),
         "own_len": own_len, "own_loss": float(own.mean()),
         "articles": [[int(n), losses[owners == n].size, float(losses[owners == n].mean())] for n in np.unique(owners)],
-        "positions": [[a, b, float(losses[:, a:b].mean())] for a, b in zip(edges, edges[1:])],
+        "positions": [[a, b, float(by_position[:, a:b].mean())] for a, b in zip(edges, edges[1:])],
         "params": sum(weight.numel() for weight in model.parameters()), "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": device_name(device),
         "threads": torch.get_num_threads(), "dtype": str(pick_dtype(config.dtype, device)).removeprefix("torch."),
     }  # fmt: skip
 
@@ -382,12 +390,16 @@ def best_lr(variant: dict, args: argparse.Namespace) -> float | None:
     return None if None in done else min(zip(lrs, done), key=lambda pair: pair[1]["val_loss"])[0]
 
 
+def seeds_of(variant: dict, args: argparse.Namespace) -> range:
+    return range(args.seeds if (BASE | variant)["seeds"] else 1)
+
+
 def runs(variant: dict, args: argparse.Namespace) -> Iterator[dict]:
     """The grid with seed 0; then, at its best learning rate as known by then (lr None: not yet), the other seeds."""
     variant = BASE | variant
     for lr in variant["lrs"]:
         yield settings(variant, lr, 0, args)
-    for seed in range(1, args.seeds if variant["seeds"] else 1):
+    for seed in seeds_of(variant, args)[1:]:
         yield settings(variant, best_lr(variant, args), seed, args)
 
 

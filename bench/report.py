@@ -11,10 +11,10 @@ difference      to the first variant, on the same articles: its standard error o
                 range over the seeds, are what tells two variants apart
 at equal ...    the difference to the first variant on a few windows, interpolated between a run's points, where the
                 cheapest whole run ends. A learning rate that has not fallen yet costs a run that goes on behind that
-                point. Compare times only where they differ by more than a tenth: the machine does by itself
+                point. Compare times only where they differ by more than a tenth: the machine does by itself. None is
+                given for runs on another kind of device than the first variant's
 
-By position and in pictures stand the variants with all seeds, for others speak of other texts; in the pictures of
-`sizes` and `changes` all variants, by the seeds that they share.
+By position and in pictures stand the variants with the most seeds, for others speak of other texts.
 """
 
 import sys
@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.plot import tick  # noqa: E402
-from bench.recipe import BASE, EXPERIMENTS, add_arguments, best_lr, chosen, read, runs, settings  # noqa: E402
+from bench.recipe import BASE, EXPERIMENTS, add_arguments, best_lr, chosen, read, runs, seeds_of, settings  # noqa: E402
 from curriculum import short  # noqa: E402
 from errors import CommandLine, UserError, user_errors  # noqa: E402
 
@@ -60,6 +60,12 @@ def difference(results: dict[int, dict], first: dict[int, dict]) -> tuple[float,
         rows.append([(n, loss - other) for (_, n, loss), (_, _, other) in pairs])
         per_seed.append(article_mean(rows[-1])[0])
     return *(article_mean(sum(rows, [])) if rows else (np.nan, np.nan)), per_seed
+
+
+def shared(results: dict[int, dict], first: dict[int, dict], axis: str) -> list[int]:
+    """The seeds that both have; in seconds only those that both ran on the same kind of device."""
+    return [seed for seed in sorted(results.keys() & first.keys())
+            if axis != "seconds" or results[seed]["device"] == first[seed]["device"]]  # fmt: skip
 
 
 def curve(result: dict, axis: str) -> tuple[np.ndarray, np.ndarray]:
@@ -126,8 +132,8 @@ def main_table(found: dict[str, dict[int, dict]], name: str) -> str:
         row += [f"{np.mean([r['own_loss'] for r in mine.values()]):.3f} ({mine[0]['own_len']:,})"]
         for axis in AXES:
             least = min((result["points"][-1][axis] for result in whole), default=np.nan)
-            ahead = [loss_at(mine[s], axis, least) - loss_at(first[s], axis, least) for s in mine.keys() & first.keys()]
-            row += [f"{np.mean(ahead):+.3f}" if mine is not first and np.isfinite(ahead).all() else ""]
+            ahead = [loss_at(mine[s], axis, least) - loss_at(first[s], axis, least) for s in shared(mine, first, axis)]
+            row += [f"{np.mean(ahead):+.3f}" if mine is not first and ahead and np.isfinite(ahead).all() else ""]
         rows.append(row)
     header = ["variant", "lr", "seeds", "held-out loss", "over seeds", "difference", "over seeds", "val loss"]
     header += ["at its own length", *(f"at equal {what}" for what in AXES.values())]
@@ -142,18 +148,18 @@ def reach_table(found: dict[str, dict[int, dict]]) -> str:
     for variant, mine in others:
         row = [variant]
         for axis in AXES:
-            seeds = sorted(mine.keys() & first.keys())
+            seeds = shared(mine, first, axis)
             ends = [first[seed]["points"][-1] for seed in seeds]
             ratios = sorted(spent_to_reach(mine[s], axis, end["loss"]) / end[axis] for s, end in zip(seeds, ends))
             said = ["never" if np.isinf(ratio) else f"{ratio:.2f}" for ratio in ratios]
-            row.append(f"{said[len(said) // 2]} ({said[0]} to {said[-1]})")
+            row.append(f"{said[len(said) // 2]} ({said[0]} to {said[-1]})" if said else "")
         rows.append(row)
     return f"Spent until the final loss of {name}, as a multiple of what it took:\n\n" + markdown(
         ["variant", *AXES.values()], rows)  # fmt: skip
 
 
 def position_table(found: dict[str, dict[int, dict]]) -> str:
-    """Held-out loss by the target's position in its window of 2,048."""
+    """Held-out loss by the target's position in its window."""
     columns = next(iter(found.values()))[0]["positions"]
     means = {variant: np.mean(positions(mine), axis=0) for variant, mine in found.items()}
     rows = [[variant, *(f"{loss:.3f}" for loss in losses)] for variant, losses in means.items()]
@@ -161,14 +167,9 @@ def position_table(found: dict[str, dict[int, dict]]) -> str:
         ["variant", *(f"{a:,}-{b:,}" for a, b, _ in columns)], rows)  # fmt: skip
 
 
-def with_all_seeds(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
+def with_most_seeds(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
     most = max(map(len, found.values()))
     return {variant: mine for variant, mine in found.items() if len(mine) == most}
-
-
-def with_shared_seeds(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
-    shared = set.intersection(*map(set, found.values()))
-    return {variant: {seed: mine[seed] for seed in shared} for variant, mine in found.items()}
 
 
 def positions(results: dict[int, dict]) -> list[list[float]]:
@@ -232,16 +233,18 @@ def draw(found: dict[str, dict[int, dict]], name: str, args, to: Path) -> None:
     from matplotlib import pyplot as plt
 
     plt.rcParams |= {"font.size": 13}
-    more = {"changes": min(len(mine[0]["changes"]) for mine in found.values()), "short": 0}.get(name, 1)
+    more = min(len(mine[0]["changes"]) for mine in found.values()) if name == "changes" else 1
     columns = (3 + more + 1) // 2
     figure, panels = plt.subplots(2, columns, figsize=(6 * columns, 11), layout="constrained")
     panels, own, rest = np.split(panels.flatten(), [3, 3 + more])
-    late = []
+    late, first = [], next(iter(found.values()))
     for panel in rest:
         panel.remove()
     for number, (variant, mine) in enumerate(found.items()):
         style = {"color": COLORS[number % len(COLORS)], "marker": "osv^DPX"[number % 7], "label": variant, "ms": 5}
         for axis, panel in zip(AXES, panels):
+            if len(shared(mine, first, axis)) < len(mine):
+                continue  # seconds of another device
             spent, losses = np.mean([curve(result, axis) for result in mine.values()], axis=0)
             panel.plot(spent, losses, **style)
             late += [*losses[spent >= 0.4 * spent[-1]]]
@@ -256,7 +259,7 @@ def draw(found: dict[str, dict[int, dict]], name: str, args, to: Path) -> None:
             lrs, results = zip(*grid_of(EXPERIMENTS[name][variant], args).items())
             own[0].plot(lrs, [result["val_loss"] for result in results], **style)
             own[0].set(xscale="log", xlabel="learning rate", ylabel="validation loss")
-        elif name != "short":
+        else:
             own[0].plot([b for _, b, _ in mine[0]["positions"]], np.mean(positions(mine), axis=0), **style)
             own[0].set(xscale="log", xlabel="position in the window, up to", ylabel="held-out loss")
     for what, panel in zip(AXES.values(), panels):
@@ -289,7 +292,7 @@ def find(name: str, args) -> tuple[dict[str, dict[int, dict]], list[str]]:
             missing.append(f"{variant} ({'; '.join(lrs)})")
         if grid := grid_of(differs, args):
             lr = best_lr(differs, args) or min(grid, key=lambda lr: grid[lr]["val_loss"])
-            mine = {seed: read(settings(differs, lr, seed, args), args) for seed in range(args.seeds)}
+            mine = {seed: read(settings(differs, lr, seed, args), args) for seed in seeds_of(differs, args)}
             found[variant] = {seed: result for seed, result in mine.items() if result}
     return found, missing
 
@@ -313,15 +316,14 @@ def section(name: str, args) -> str:
     text += main_table(found, name)
     if len(found) > 1:
         text += "\n" + reach_table(found)
-    if name not in ("sizes", "changes", "short"):
-        text += "\n" + position_table(with_all_seeds(found))
+    if name not in ("sizes", "changes"):
+        text += "\n" + position_table(with_most_seeds(found))
     if name == "sizes":
         text += "\n" + size_table(found, name, args)
     if name == "changes":
         text += "\n" + change_table(found)
     if args.pictures:
-        select = with_shared_seeds if name in ("sizes", "changes") else with_all_seeds
-        draw(select(found), name, args, Path(args.pictures) / f"recipe_{name}.png")
+        draw(with_most_seeds(found), name, args, Path(args.pictures) / f"recipe_{name}.png")
         text += f"\n![{name}](recipe_{name}.png)\n"
     return text
 

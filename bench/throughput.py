@@ -10,8 +10,9 @@ itself, which is float32 on a CPU; and with its line for autocast changed to bf1
 autocast with sdpa and fused AdamW. Ours is train.py's own step with curriculum9's settings, Muon among them; and with
 --optimizer=adamw, which is what the others use.
 
-Printed: tokens/s, median and spread over rounds; MFU, as a share of a large bf16 product timed between the turns (on a
-known GPU: of its datasheet's peak); the largest memory each process ever held; the ratio of each round, median, spread.
+Printed: tokens/s, median and spread over rounds; MFU, as a share of a large product, in the type that ours takes, timed
+between the turns (on a known GPU: of its datasheet's bf16 peak); the largest memory each process ever held; the ratio
+of each round, median, spread.
 """
 
 import argparse
@@ -173,17 +174,20 @@ class Player:
 
 
 def peak_rate(device: str) -> float:
-    """FLOP/s of bf16 products: the datasheet's for a known GPU, else of a large product just now (best of five)."""
+    """FLOP/s of products in the type that ours takes: the datasheet's of bf16 for a known GPU, else of a large product
+    just now (best of five)."""
     import torch
 
     from curriculum import PEAK_FLOPS
+    from train import pick_dtype
 
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     for name, peak in PEAK_FLOPS.items():
         if name in gpu:
             return peak
     n = 4096 if device == "cpu" else 16384
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    dtype = pick_dtype("auto", torch.device(device))
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()

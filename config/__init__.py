@@ -44,7 +44,7 @@ class Config:
 
     # The machine
     device: str = "auto"  # 'cpu', 'cuda', 'cuda:1', ...; 'auto' takes a GPU if there is one (torchrun: one each)
-    dtype: str = "auto"  # 'bfloat16', 'float16' or 'float32'; 'auto' takes the first that the hardware multiplies
+    dtype: str = "auto"  # 'bfloat16', 'float16' or 'float32'; 'auto' takes what is fast here: train.pick_dtype
     compile: bool = True  # the training step by torch.compile; False starts at once and runs slower
 
     # Validation, checkpoints, log; intervals in steps

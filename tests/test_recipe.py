@@ -195,6 +195,9 @@ def test_short_windows_are_scored_as_such(sample_dir, tmp_path):
     assert at_2048["own_len"] == at_256["own_len"] == 256
     assert at_2048["own_loss"] == at_256["own_loss"] == at_256["loss"] != at_2048["loss"]
     assert at_256["points"][-1]["loss"] != at_2048["points"][-1]["loss"]
+    assert [(a, b) for a, b, _ in at_256["positions"]] == [(0, 64), (64, 128), (128, 256)]
+    over_positions = sum((b - a) * loss for a, b, loss in at_256["positions"]) / 256
+    assert at_256["loss"] == pytest.approx(over_positions)
 
 
 def result_of(loss, spent: dict[str, list[float]], articles: list[tuple[int, float]]) -> dict:
@@ -225,6 +228,10 @@ def test_the_reports_numbers():
     unequal = [(chance.randint(1, 9) * 2048, chance.gauss(4, 1)) for _ in range(60)]
     draws = [report.article_mean(chance.choices(unequal, k=60))[0] for _ in range(4000)]
     assert report.article_mean(unequal)[1] == pytest.approx(np.std(draws), rel=0.06)
+
+    here, there = a | {"device": "CPU"}, a | {"device": "GPU"}
+    assert report.shared({0: here, 1: here, 2: here}, {2: there, 1: here}, "seconds") == [1]
+    assert report.shared({0: here, 1: here, 2: here}, {2: there, 1: here}, "tokens") == [1, 2]
 
     b = a | {"articles": [(0, 100, 5.5), (1, 300, 6.1)]}
     delta, _, per_seed = report.difference({0: b, 1: b}, {0: a})

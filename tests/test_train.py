@@ -26,6 +26,15 @@ SHAPES = ((64, 64), (128, 32), (256, 16), (512, 16), (768, 5), (1024, 4), (1536,
 NINE = tuple((i, *shape, 1.0) for i, shape in enumerate(SHAPES))
 
 
+@pytest.mark.parametrize("capabilities, fast", [({"amx_bf16": True}, "bfloat16"), ({"avx512_bf16": True}, "float32"),
+                                                ({"neon": True}, "float32")])  # fmt: skip
+def test_bfloat16_is_chosen_on_a_cpu_that_is_fast_at_it(monkeypatch, capabilities, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    cpu = torch.device("cpu")
+    assert train.pick_dtype("auto", cpu) == getattr(torch, fast)
+    assert train.pick_dtype("bfloat16", cpu) == torch.bfloat16
+
+
 def test_a_run_through_all_nine_stages_compiles_six_graphs_and_logs_what_design_says(tmp_path, sample_dir):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
