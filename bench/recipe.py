@@ -265,14 +265,16 @@ def token_losses(score_of, windows: np.ndarray, seq_len: int, device: torch.devi
 
     Each target is scored once: where seq_len is no divisor, the last window of each row is shorter.
     """
-    columns = []
+    losses = np.empty((len(windows), LAST_LEN), np.float32)
     for first in range(0, LAST_LEN, seq_len):
-        pieces = windows[:, first : first + seq_len + 1]
-        batches = parts(pieces, pieces.shape[1] - 1, config.micro_batch_tokens)
-        with torch.no_grad():
-            scored = [score_of(to_device(batch, device))[0].float().cpu().numpy() for batch in batches]
-        columns.append(np.concatenate(scored))
-    return np.concatenate(columns, axis=1)
+        pieces, row = windows[:, first : first + seq_len + 1], 0
+        for batch in parts(pieces, pieces.shape[1] - 1, config.micro_batch_tokens):
+            with torch.no_grad():
+                scored = score_of(to_device(batch, device))[0].float().numpy(force=True)
+            # No part's own result is kept: lying behind the freed logits, it would keep the next ones from their place.
+            losses[row : row + len(batch), first : first + seq_len] = scored
+            row += len(batch)
+    return losses
 
 
 def train_run(run: dict, args: argparse.Namespace) -> dict:
