@@ -250,7 +250,7 @@ def build(run: dict, config: Config, device: torch.device, dtype: torch.dtype) -
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    amx = torch.cpu.get_capabilities().get("amx_bf16")  # it makes products in bfloat16 some three times as fast
+    amx = torch.cpu.get_capabilities().get("amx_bf16")  # which decides how fast products in bfloat16 are
     return f"CPU {'with' if amx else 'without'} AMX"
 
 
