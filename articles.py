@@ -69,7 +69,7 @@ def read_line(file, path: Path) -> bytes:
     return line
 
 
-def read_range(path: Path, start: int, stop: int) -> Iterator[Record]:
+def read_range(path: Path, start: int, stop: int, title_in_xml: bool) -> Iterator[Record]:
     """The records on the lines that begin in these bytes of a file."""
     with path.open("rb") as file:
         if start:
@@ -78,13 +78,13 @@ def read_range(path: Path, start: int, stop: int) -> Iterator[Record]:
         at = file.tell()
         while at < stop and (line := read_line(file, path)):
             at += len(line)
-            yield parse_line(line)
+            yield parse_line(line, title_in_xml)
 
 
-def jsonl_pieces(path: Path) -> Iterator[Piece]:
+def jsonl_pieces(path: Path, title_in_xml: bool = False) -> Iterator[Piece]:
     size = path.stat().st_size
     for start in range(0, size, PIECE_BYTES):
-        yield partial(read_range, path, start, min(start + PIECE_BYTES, size))
+        yield partial(read_range, path, start, min(start + PIECE_BYTES, size), title_in_xml)
 
 
 def line_pieces(lines: Iterable[bytes], title_in_xml: bool = False) -> Iterator[Piece]:
@@ -128,10 +128,11 @@ def open_parquet(path: Path):
         file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    types = {field.name: field.type for field in file.schema_arrow}
-    for name in ("title", "text"):
-        if types.get(name) not in (pyarrow.string(), pyarrow.large_string()):
-            raise UserError(f"{path}: expected a column {name!r} of strings; it has {', '.join(types)}")
+    types = {field.name: getattr(field.type, "value_type", field.type) for field in file.schema_arrow}
+    for name in ("title", "text"):  # of strings, or of numbers of strings in a dictionary
+        if types.get(name) not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+            columns = ", ".join(f"{field.name} of {field.type}" for field in file.schema_arrow)
+            raise UserError(f"{path}: expected a column {name!r} of strings; it has {columns}")
     return file
 
 
@@ -187,6 +188,7 @@ def dump_pieces(path: Path) -> Iterator[Piece]:
 
     --html-safe '' keeps it from escaping "&"; titles it leaves as in XML, so they are unescaped here.
     --no-templates: else it reads the dump twice, and a text depends on which templates are in the same file.
+    An article whose title begins with the name of the dump's template namespace (in English, "Template") it leaves out.
     """
     if importlib.util.find_spec("wikiextractor") is None:
         raise UserError("reading a dump takes wikiextractor: pip install wikiextractor==3.1.0")
@@ -260,7 +262,7 @@ def killed_child(pid: int) -> bool:
 
 KINDS = {  # how a file is read, by its name
     "*.jsonl": jsonl_pieces,
-    "wiki_[0-9][0-9]": jsonl_pieces,  # what wikiextractor calls its files
+    "wiki_[0-9][0-9]": partial(jsonl_pieces, title_in_xml=True),  # what wikiextractor calls its files
     "*.jsonl.gz": compressed_pieces,
     "*.jsonl.bz2": compressed_pieces,
     "*.parquet": parquet_pieces,
@@ -276,18 +278,30 @@ def kind_of(path: Path) -> str | None:
     return next((pattern for pattern in KINDS if fnmatch(path.name, pattern)), None)
 
 
+def files_at(given: str) -> list[Path]:
+    """The files that an input names, sorted: itself, all of a known kind in a directory, or what a glob matches."""
+
+    def refuse(error: OSError) -> None:  # os.walk would pass over a directory that it cannot read
+        raise error
+
+    path = Path(given)
+    if path.is_dir():
+        found = [Path(parent, name) for parent, _, names in os.walk(path, onerror=refuse) for name in names]
+        return sorted(file for file in found if file.is_file() and kind_of(file))
+    return [path] if path.exists() else [Path(match) for match in sorted(glob.glob(given, recursive=True))]
+
+
 def find_files(inputs: list[str]) -> list[Path]:
-    """The files that the inputs name, each once: files, directories (all in them that is of a known kind, sorted)
-    and globs. Raises UserError for a name that leads to none, and for a file that cannot be read."""
+    """The files that the inputs name, each once. Raises UserError for a name that leads to none, and for a file or
+    directory that cannot be read."""
     found = []
     for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            paths = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p))
-        else:
-            paths = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(given, recursive=True))]
+        try:
+            paths = files_at(given)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from error
         if not paths:
-            raise UserError(f"{given}: no such file" if not path.is_dir() else f"{given}: no file of articles in it")
+            raise UserError(f"{given}: no file of articles in it" if Path(given).is_dir() else f"{given}: no such file")
         found += paths
     for path in found:
         if not path.is_file() or not os.access(path, os.R_OK):
@@ -308,6 +322,12 @@ def group(files: list[Path]) -> list[list[Path]]:
         groups[-1].append(path)
         size += path.stat().st_size
     return groups
+
+
+def identity(files: list[Path]) -> tuple:
+    """What decides the pieces of a group: its files, as far as their sizes and times tell, and how they are cut."""
+    stats = [path.stat() for path in files]
+    return PIECE_BYTES, [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in zip(files, stats)]
 
 
 def pieces(files: list[Path]) -> Iterator[Piece]:

@@ -18,7 +18,6 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import UserError
-from model import GPTConfig
 
 VOCAB_SIZE = 50257  # GPT-2's
 ENDOFTEXT = 50256  # an article begins with it, and it stands nowhere else
@@ -100,9 +99,6 @@ def open_dataset(data_dir: str, max_len: int) -> Dataset:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{data_dir} is damaged: {what}; make it again with prepare_wiki.py") from error
     splits = [Split(shards[name]) for name in ("train", "val")]
-    if meta["tokenizer"]["vocab_size"] > GPTConfig.vocab_size:
-        raise UserError(f"{data_dir} has a vocabulary of {meta['tokenizer']['vocab_size']:,} tokens; the model's has "
-                        f"{GPTConfig.vocab_size:,}")  # fmt: skip
     for name, split in zip(("train", "val"), splits):
         if split.tiles(max_len).sum() == 0:
             raise UserError(f"{data_dir}: no {name} shard holds a window of {max_len + 1:,} tokens")

@@ -32,12 +32,13 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from articles import Piece, find_files, group, kind_of, pieces
+from articles import Piece, find_files, group, identity, kind_of, pieces
 from dataset import ENDOFTEXT, SPLITS, VOCAB_SIZE, read_meta, verify
 from errors import CommandLine, UserError, user_errors
 from packages import SAMPLE, gpt2_encoding, sample_files, token_lengths, write_atomically
@@ -83,15 +84,16 @@ def is_val(titles: np.ndarray, val_fraction: float) -> np.ndarray:
 
 def tokenize_piece(piece: Piece, target: str, seed: int) -> None:
     """Writes TARGET.bin, the tokens of the piece's articles as they will stand in shards, and TARGET.tmp, a .npz of
-    `articles` (an ARTICLE each) and `report`, JSON: records read, articles without text, records skipped by reason,
-    number (from 1) and reason of the first of those. In an article "<|endoftext|>" is plain characters.
+    `articles` (an ARTICLE each) and `report`, JSON: lines and records read, articles without text, records skipped by
+    reason, line (from 1) and reason of the first of those. In an article "<|endoftext|>" is plain characters.
     """
     encoding = gpt2_encoding()
     start = np.array([ENDOFTEXT], "<u2")
-    rows, number, empty, skipped, first = [], 0, 0, Counter(), []
+    rows, number, blank, empty, skipped, first = [], 0, 0, 0, Counter(), []
     with open(f"{target}.bin", "wb") as file:
         for number, record in enumerate(piece(), 1):
             if record is None:
+                blank += 1
                 continue
             if isinstance(record, str):
                 skipped[record] += 1
@@ -109,7 +111,7 @@ def tokenize_piece(piece: Piece, target: str, seed: int) -> None:
             digest = hashlib.blake2b(f"{title}\n\n".encode() + body, digest_size=16).digest()
             halves = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
             rows.append((halves, hash64(title), hash64(title, f"seed {seed}"), count, len(head.encode()) + len(body)))
-    report = {"records": number, "empty": empty, "skipped": skipped, "first": first}
+    report = {"lines": number, "records": number - blank, "empty": empty, "skipped": skipped, "first": first}
     with open(f"{target}.tmp", "wb") as file:
         np.savez(file, articles=np.array(rows, ARTICLE), report=json.dumps(report))
 
@@ -130,13 +132,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def tokenize(groups: list[list[Path]], work: Path, seed: int, workers: int) -> list[tuple[Path, list[str]]]:
-    """Tokenizes whatever piece is not finished in `work`. Returns the first file of each group, with the paths of its
-    pieces less .bin and .npz, in order.
+def tokenize(groups: list[list[Path]], work: Path, seed: int, workers: int) -> tuple[list[tuple], bool]:
+    """Tokenizes whatever piece is not finished in `work`. Returns for each group its first file and the paths of its
+    pieces less .bin and .npz, in order; and whether any was finished before.
 
     A piece's name says which part of which file it is, with the file's size and time, and the seed.
     """
     gpt2_encoding()
+    inputs = [identity(files) for files in groups]
+    names = [hashlib.blake2b(repr((ARTICLE, seed, given)).encode(), digest_size=12).hexdigest() for given in inputs]
+    finished = Counter(path.name.partition("_")[0] for path in work.glob("*.npz"))
+    if finished := sum(finished[name] for name in names):
+        print(f"going on: {finished:,} pieces of the articles were finished", flush=True)
     tqdm.monitor_interval = 0  # no thread of its own before the fork
     all_targets, running = [], {}
     fork = multiprocessing.get_context("fork")
@@ -158,9 +165,7 @@ def tokenize(groups: list[list[Path]], work: Path, seed: int, workers: int) -> l
                     os.replace(f"{target}.tmp", f"{target}.npz")
 
         try:
-            for files in groups:
-                facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-                name = hashlib.blake2b(repr((facts, seed)).encode(), digest_size=12).hexdigest()
+            for files, given, name in zip(groups, inputs, names):
                 count = work / f"{name}.count"  # of its pieces: stands when they have all been handed out
                 targets = [f"{work}/{name}_{i:06d}" for i in range(int(count.read_text()) if count.exists() else 0)]
                 if not targets or not all(os.path.exists(f"{target}.npz") for target in targets):
@@ -171,7 +176,7 @@ def tokenize(groups: list[list[Path]], work: Path, seed: int, workers: int) -> l
                             running[pool.submit(tokenize_piece, piece, targets[-1], seed)] = targets[-1]
                             finish(workers + 2)
                     write_atomically(count, str(len(targets)).encode())
-                if facts != [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]:
+                if identity(files) != given:
                     raise UserError(f"{files[0]} changed while it was read")
                 all_targets.append((files[0], targets))
             finish(0)
@@ -179,7 +184,7 @@ def tokenize(groups: list[list[Path]], work: Path, seed: int, workers: int) -> l
             raise UserError("a tokenizing process was killed (for want of memory?); run again to go on") from error
         finally:
             pool.shutdown(cancel_futures=True)
-    return all_targets
+    return all_targets, finished > 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -223,7 +228,7 @@ def lay_out(mine: np.ndarray, tokens: np.ndarray, piece: np.ndarray, shard_token
     filled = np.cumsum(tokens[mine], dtype=np.int64)
     shards, start = [], 0
     while start < len(mine):
-        room = filled[start] - tokens[mine[start]] + shard_tokens
+        room = filled[start] - tokens[mine[start]] + min(shard_tokens, 1 << 62)
         stop = max(start + 1, int(np.searchsorted(filled, room, "right")))
         articles = mine[start:stop]
         goes_on = (np.diff(articles) == 1) & (np.diff(piece[articles]) == 0)  # whether to the next in one part
@@ -253,34 +258,35 @@ def write_shard(path: Path, parts: np.ndarray, targets: list[str]) -> str:
 
 
 def lock(work: Path) -> None:
-    """Keeps other runs out of `work` until this process and its workers have ended. Raises UserError if one is in it
-    for more than 5 s: so long may the workers of a killed run take to end."""
-    file = os.open(work / "lock", os.O_CREAT | os.O_RDWR)
+    """Makes `work` and keeps other runs out of it until this process and its workers have ended. Raises UserError if
+    one is in it for more than 5 s: so long may the workers of a killed run take to end."""
     for _ in range(50):
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
+        work.mkdir(parents=True, exist_ok=True)
+        with suppress(BlockingIOError, FileNotFoundError):
+            file = os.open(work / "lock", os.O_CREAT | os.O_RDWR)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file), os.stat(work / "lock")):  # a run that ends well removes it
+                return
+        time.sleep(0.1)
     raise UserError(f"another prepare_wiki.py is at work in {work}")
 
 
-def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max_skipped: float, workers: int) -> dict:
-    """Makes the dataset `out` and returns its meta.json, which is written last. If that fails, what is finished stays
-    in `out`/prepare_wiki.unfinished."""
+def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max_skipped: float, workers: int) -> tuple:
+    """Makes the dataset `out`. Returns its meta.json, which is written last, and whether a part was done before. If
+    that fails, what is finished stays in `out`/prepare_wiki.unfinished."""
     work = out / "prepare_wiki.unfinished"
-    work.mkdir(parents=True, exist_ok=True)
     lock(work)
-    finished = len(list(work.glob("*.npz")))
-    if finished:
-        print(f"going on: {finished:,} pieces of the articles were finished", flush=True)
-    by_file = tokenize(group(files), work, options["seed"], workers)
+    if (out / "meta.json").exists():
+        raise UserError(f"another prepare_wiki.py has just made {out}")
+    by_file, went_on = tokenize(group(files), work, options["seed"], workers)
 
     left_out, skipped, n_records, first = Counter(), Counter(), 0, []
     for path, targets in by_file:
-        records, empty, any_article, first_here = 0, 0, False, []
+        lines, records, empty, any_article, first_here = 0, 0, 0, False, []
         for target in targets:
             report = json.loads(str(np.load(f"{target}.npz")["report"]))
-            first_here += [f"{path}:{records + number}: {reason}" for number, reason in report["first"]]
+            first_here += [f"{path}:{lines + number}: {reason}" for number, reason in report["first"]]
+            lines += report["lines"]
             records += report["records"]
             empty += report["empty"]
             skipped.update(report["skipped"])
@@ -312,8 +318,8 @@ def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max
             size = int((layout[:, 2] - layout[:, 1]).sum()) // 2
             shards.append({"file": f"{split}_{number:05d}.bin", "split": split, "tokens": size})
             parts.append(layout)
-    for split in SPLITS:  # of a run that was killed here, with other options
-        for stale in out.glob(f"{split}_[0-9][0-9][0-9][0-9][0-9].bin"):
+    for left in ("train_[0-9]*.bin", "val_[0-9]*.bin", "meta.json.*.tmp"):  # by a run that was killed from here on
+        for stale in out.glob(left):
             stale.unlink()
     with ThreadPoolExecutor(workers) as pool:  # hashing, reading and writing leave Python's lock to each other
         hashes = pool.map(lambda shard, layout: write_shard(out / shard["file"], layout, targets), shards, parts)
@@ -335,8 +341,8 @@ def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max
     }
     write_atomically(out / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
     sync(out)
-    shutil.rmtree(work)
-    return meta
+    shutil.rmtree(work, ignore_errors=True)
+    return meta, went_on
 
 
 def print_summary(meta: dict, seconds: float | None) -> None:
@@ -399,6 +405,8 @@ def main() -> None:
         raise UserError("--val_fraction is from 0 to below 1, --max_skipped from 0 to 1")
     if min(args.shard_tokens, args.workers, 1 if args.max_articles is None else args.max_articles) < 1:
         raise UserError("--shard_tokens, --workers and --max_articles are at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise UserError("--seed is from 0 to below 2**63")
 
     started = time.perf_counter()
     out = args.out or Path("data/sample")
@@ -411,20 +419,23 @@ def main() -> None:
         files = find_files(args.inputs)
         source = sources(files)
     try:
-        if not (out / "meta.json").exists():
+        stands = (out / "meta.json").exists()
+        if stands:
+            meta = read_meta(out)
+            if (meta["source"], meta["options"]) != (source, options):
+                raise UserError(f"{out} holds a dataset of other inputs or options: remove it or give another --out")
+            shutil.rmtree(out / "prepare_wiki.unfinished", ignore_errors=True)  # of a run that was killed just then
+        else:
             files = sample_files() if args.sample else files
-            went_on = any(out.glob("prepare_wiki.unfinished/*.npz"))
-            meta = prepare(files, out, source, options, args.max_skipped, args.workers)
-            return print_summary(meta, None if went_on else time.perf_counter() - started)
-        meta = read_meta(out)
-        if (meta["source"], meta["options"]) != (source, options):
-            raise UserError(f"{out} holds a dataset of other inputs or options: remove it or give another --out")
-        shutil.rmtree(out / "prepare_wiki.unfinished", ignore_errors=True)  # of a run that was killed just then
-        print(f"{out} holds this dataset already")
+            meta, went_on = prepare(files, out, source, options, args.max_skipped, args.workers)
     except OSError as error:
         raise UserError(f"cannot make {out}: {error.filename or ''} {error.strerror}") from error
     except MemoryError as error:
         raise UserError("out of memory: fewer --workers take less; run again to go on") from error
+    if stands:
+        print(f"{out} holds this dataset already: the same options, and inputs of the same names and sizes")
+    else:
+        print_summary(meta, None if went_on else time.perf_counter() - started)
 
 
 if __name__ == "__main__":

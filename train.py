@@ -235,6 +235,9 @@ def train(config: Config, team: Processes | None = None) -> int:
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         dataset = open_dataset(config.data_dir, curriculum.max_len)
+        if dataset.meta["tokenizer"]["vocab_size"] > GPTConfig.vocab_size:
+            raise UserError(f"{config.data_dir} has a vocabulary of {dataset.meta['tokenizer']['vocab_size']:,} "
+                            f"tokens; the model's has {GPTConfig.vocab_size:,}")  # fmt: skip
         token_bytes = torch.from_numpy(dataset.token_bytes.astype(np.int64)).to(device)
         with memory_errors("the model does not fit"):
             model, optimizers, loss_of, score_of = set_up(config, curriculum.max_len, device, dtype)

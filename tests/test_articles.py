@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,11 @@ def test_dump(tmp_path):
         expected = [f"Page {i}\n\nPage {i} is linked & plain." for i in range(10, 110)]
         expected.append('A&B "C"\n\nAt < 5\u00a0£ & up')
         assert read_all(tmp_path / f"{number}") == sorted(expected)
+    # The same in two steps: wikiextractor into files, as its users have them.
+    flags = ["--json", "--html-safe", "", "--no-templates", "--quiet", "-o", tmp_path / "extracted"]
+    subprocess.run([sys.executable, "-m", "wikiextractor.WikiExtractor", *flags, packed], check=True)
+    prepare(tmp_path / "two", tmp_path / "extracted")
+    assert read_all(tmp_path / "two") == sorted(expected)
 
 
 @pytest.mark.parametrize("module, file", [("wikiextractor", "a.xml.bz2"), ("pyarrow", "a.parquet")])
@@ -193,12 +199,46 @@ def test_a_damaged_file_is_named(tmp_path, case):
     assert set(os.listdir(tmp_path / "out")) <= {"prepare_wiki.unfinished"}
 
 
-def test_parquet_of_another_layout(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    for columns in ({"title": ["a"], "body": ["b"]}, {"title": ["a"], "text": [1]}):
-        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+def test_parquet_of_other_layouts(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for columns, has in (({"title": ["a"], "body": ["b"]}, "body of string"), ({"title": ["a"], "text": [1]}, "int64")):
+        parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
         done = run(tmp_path / "a.parquet", "--out", tmp_path / "out")
-        assert done.returncode == 2 and "expected a column 'text' of strings" in done.stderr
+        assert done.returncode == 2 and "expected a column 'text' of strings" in done.stderr and has in done.stderr
+    given = make_articles(50)
+    titles, texts = (pyarrow.array(column) for column in zip(*given))
+    for number, kind in enumerate((pyarrow.large_string(), pyarrow.string_view(), None)):
+        columns = [column.cast(kind) if kind else column.dictionary_encode() for column in (titles, texts)]
+        parquet.write_table(pyarrow.table(columns, ["title", "text"]), tmp_path / "a.parquet")
+        prepare(tmp_path / f"{number}", tmp_path / "a.parquet", "--val_fraction", 0.2)
+        assert read_all(tmp_path / f"{number}") == sorted(map("\n\n".join, given))
+
+
+def test_what_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(1))
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if path and Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root, who runs some of these tests, may look everywhere
+    with pytest.raises(UserError, match="closed: Permission denied"):
+        articles.find_files([str(tmp_path)])
+    with pytest.raises(UserError, match="File name too long"):
+        articles.find_files(["x" * 300])
+
+
+def test_blank_lines_are_no_records(tmp_path):
+    lines = [json.dumps(dict(zip(("title", "text"), article))) for article in make_articles(500)]
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n\n\n\n".join([*lines, "oops", "oops"]))
+    done = run(source, "--out", tmp_path / "out")
+    assert done.returncode == 2 and f"2 of {len(lines) + 2} records" in done.stderr, done.stderr
+    assert f"{source}:{4 * len(lines) + 1}: not JSON" in done.stderr
+    assert prepare(tmp_path / "out", source, "--max_skipped", 1, piece_bytes=900)["records"] == len(lines) + 2
 
 
 def test_damaged_dumps(tmp_path):

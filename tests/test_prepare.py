@@ -547,6 +547,37 @@ def test_two_at_once_do_not_mix(tmp_path):
     assert first.communicate()[1] == "" and run("--verify", out).returncode == 0
 
 
+@NEEDS_PROC
+def test_one_that_waits_does_not_overwrite_what_the_other_made(tmp_path):
+    """The second waits for the lock while the first comes to its end and removes the folder that the lock is in."""
+    source, out = write_jsonl(tmp_path / "in.jsonl", make_articles(300)), tmp_path / "out"
+    prepare(tmp_path / "alone", source)
+    first = start(source, "--out", out, "--workers", 1, piece_bytes=20_000)
+    wait_for(out, "*.npz", first)
+    first.send_signal(signal.SIGSTOP)
+    second = start(source, "--out", out, "--val_fraction", 0.5)
+    while not any(os.path.realpath(file).endswith("/lock") for file in Path(f"/proc/{second.pid}/fd").glob("*")):
+        assert second.poll() is None, second.communicate()
+    first.send_signal(signal.SIGCONT)
+    assert first.communicate()[1] == "" and first.returncode == 0
+    error = second.communicate()[1]
+    assert second.returncode == 2 and "another prepare_wiki.py" in error and error.count("\n") == 1, error
+    assert run(source, "--out", out).returncode == 0  # clears away the folder, if the second had made it anew
+    assert contents(out) == contents(tmp_path / "alone")
+
+
+@NEEDS_PROC
+def test_pieces_that_were_cut_otherwise_are_not_gone_on_from(tmp_path):
+    source, out = write_jsonl(tmp_path / "in.jsonl", make_articles(1000)), tmp_path / "out"
+    process = start(source, "--out", out, "--workers", 1, piece_bytes=20_000)
+    wait_for(out, "*_000003.npz", process)
+    process.kill()
+    process.communicate()
+    prepare(out, source, piece_bytes=40_000)
+    prepare(tmp_path / "unbroken", source)
+    assert contents(out) == contents(tmp_path / "unbroken")
+
+
 @pytest.mark.parametrize("limit, piece_bytes", [(30_000, 300_000), (300_000, 20_000)], ids=["pieces", "shards"])
 def test_a_file_that_may_not_grow(tmp_path, limit, piece_bytes):
     source, out = write_jsonl(tmp_path / "in.jsonl", make_articles(2000)), tmp_path / "out"
@@ -579,6 +610,18 @@ def test_a_full_disk(tmp_path, share):
         assert contents(disk / "out") == contents(tmp_path / "unbroken")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_numbers_beyond_64_bits(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", make_articles(10))
+    prepare(tmp_path / "out", source, "--shard_tokens", 10**30, "--max_articles", 10**30, "--min_tokens", -(10**30))
+    fails(run(source, "--out", tmp_path / "other", "--seed", 10**70), "--seed is from 0", tmp_path / "other")
+
+
+def test_tokenizing_takes_no_torch():
+    """Whose 150 MiB would be in every process, and its threads in the one that is forked."""
+    code = "import sys, prepare_wiki; sys.exit('torch' in sys.modules)"
+    assert execute([sys.executable, "-c", code], os.environ).returncode == 0
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
