@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -78,7 +79,7 @@ def load_checkpoint(path: Path, keys: set[str] = MODEL_KEYS) -> dict:
 
     torch.load does not look at the archive's checksums; weights_only keeps a foreign file from running code.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises an error where it may not look
         raise UserError(f"{path} does not exist: train a model first, or give its --out_dir")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -108,24 +109,17 @@ def load_model(path: Path) -> tuple[GPT, dict]:
     return model.eval(), state
 
 
-def find_checkpoint(out_dir: Path) -> dict | None:
-    """last.pt, or prev.pt where that is missing or damaged (which is said); None if there is neither.
-
-    A damaged last.pt is set aside as last.damaged: the next save would make it prev.pt, over the one that is whole.
-    """
+def find_checkpoint(out_dir: Path) -> tuple[dict | None, bool]:
+    """last.pt, or prev.pt where that is missing or damaged (which is said); None if there is neither. And whether
+    last.pt is damaged."""
     last, prev = out_dir / "last.pt", out_dir / "prev.pt"
-    if last.exists() and prev.exists():
+    if os.path.exists(last) and os.path.exists(prev):
         try:
-            return load_checkpoint(last, RUN_KEYS)
+            return load_checkpoint(last, RUN_KEYS), False
         except UserError as error:
             print(f"{error}; trying the checkpoint before it", file=sys.stderr)
-            state = load_checkpoint(prev, RUN_KEYS)
-            try:
-                last.replace(last.with_suffix(".damaged"))
-            except OSError as refused:
-                raise UserError(f"cannot set {last} aside: {refused.strerror}") from refused
-            return state
-    return next((load_checkpoint(path, RUN_KEYS) for path in (last, prev) if path.exists()), None)
+            return load_checkpoint(prev, RUN_KEYS), True
+    return next((load_checkpoint(path, RUN_KEYS) for path in (last, prev) if os.path.exists(path)), None), False
 
 
 def check_same_run(config: Config, state: dict) -> None:
@@ -151,11 +145,12 @@ class Log:
     """log.jsonl, one JSON object a line, written out as it comes.
 
     Opened at a step, it forgets what a killed run logged after it. The evaluation at that very step, which comes after
-    the checkpoint, is kept if keep_eval: if it was made under the same configuration. What a full disk does not take
-    is written later. Raises UserError if it cannot be written at the start, or if another run is writing it.
+    the checkpoint, is kept if keep_eval says so of it. What a full disk does not take is written later; `unwritten` is
+    what a run could not write until its checkpoint. Raises UserError if it cannot be written at the start, or if
+    another run is writing it.
     """
 
-    def __init__(self, path: Path, step: int, keep_eval: bool):
+    def __init__(self, path: Path, step: int = 0, keep_eval: Callable = lambda record: False, unwritten: str = ""):
         self.path, self.records, self.failed = path, [], False
         temporary = path.with_suffix(".tmp")
         try:
@@ -163,12 +158,13 @@ class Log:
             with open(path, "ab+") as old:
                 lock(old)
                 old.seek(0)
-                for line in old.read().splitlines():
+                for line in dict.fromkeys((old.read() + unwritten.encode()).splitlines()):  # the disk may have both
                     try:
                         record = json.loads(line)
                     except ValueError:
                         continue  # cut off in the middle by a kill
-                    if record["step"] < step or (record["step"] == step and (record["event"] != "eval" or keep_eval)):
+                    is_late = record["step"] == step and record["event"] == "eval" and not keep_eval(record)
+                    if record["step"] <= step and not is_late:
                         self.records.append(record)
                 self.unwritten = b"".join(json.dumps(record).encode() + b"\n" for record in self.records)
                 self.file = open(temporary, "wb", buffering=0)
@@ -213,20 +209,36 @@ def open_best(config: Config) -> dict:
 
 
 def open_run(config: Config) -> tuple[dict | None, Log]:
-    """The checkpoint that the run goes on from (None for a new run) and its log. `kept_eval` in the checkpoint is the
-    log's evaluation at its step, or None.
+    """The checkpoint that the run goes on from (None for a new run) and its log. To the checkpoint belong `is_best`,
+    whether best.pt is of the same step, and `kept_eval`, the log's evaluation at that step, or None: it is kept if it
+    was made under the same configuration, and if best.pt is as it says.
 
-    Raises UserError if out_dir holds another run, or one that resume does not ask for.
+    Raises UserError if out_dir holds another run, one that resume does not ask for, or one that is past max_steps.
     """
     out_dir = Path(config.out_dir)
-    used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if (out_dir / name).exists()]
+    used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if os.path.exists(out_dir / name)]
     if used and not config.resume:
         raise UserError(f"{out_dir} holds a run ({', '.join(used)}): give --resume=True or another --out_dir")
-    state = find_checkpoint(out_dir)
+    state, is_damaged = find_checkpoint(out_dir)
     if not state:
-        return None, Log(out_dir / "log.jsonl", 0, keep_eval=False)
+        return None, Log(out_dir / "log.jsonl")
     check_same_run(config, state)
+    step, last, best = state["step"], out_dir / "last.pt", out_dir / "best.pt"
+    if step > config.max_steps:
+        raise UserError(f"{out_dir} has come to step {step:,}, which is past max_steps={config.max_steps:,}")
     same = (state["config"] | {"resume": True}) == dataclasses.asdict(config)
-    log = Log(out_dir / "log.jsonl", state["step"], keep_eval=same)
-    kept = [record for record in log.evaluations() if record["step"] == state["step"]]
-    return state | {"kept_eval": kept[0] if kept else None}, log
+    try:
+        best_step = load_checkpoint(best)["step"]
+    except UserError as error:  # the next best replaces it
+        best_step = None
+        if os.path.exists(best):
+            print(error, file=sys.stderr)
+    log = Log(out_dir / "log.jsonl", step, lambda record: same and record["is_best"] == (best_step == step),
+              state.get("unwritten", ""))  # fmt: skip
+    if is_damaged:  # the next save would make it prev.pt, over the one that is whole
+        try:
+            last.replace(last.with_suffix(".damaged"))
+        except OSError as error:
+            raise UserError(f"cannot set {last} aside: {error.strerror}") from error
+    kept = [record for record in log.evaluations() if record["step"] == step]
+    return state | {"kept_eval": kept[0] if kept else None, "is_best": best_step == step}, log

@@ -11,6 +11,7 @@ steps, so a run resumed at step s draws what it would have drawn, and any number
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def open_dataset(data_dir: str, max_len: int) -> Dataset:
     window of max_len.
     """
     path = Path(data_dir)
-    if not (path / "meta.json").is_file():
+    if not os.path.isfile(path / "meta.json"):  # Path.is_file raises an error where it may not look
         raise UserError(f"{data_dir} is not a dataset (no meta.json in it): make one with prepare_wiki.py")
     try:
         meta = json.loads((path / "meta.json").read_text())

@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="the directory to make")
     args = parser.parse_args()
     try:
+        from safetensors import SafetensorError
         from transformers.utils import logging
     except ImportError as error:
         raise UserError("an export takes transformers and safetensors: pip install transformers safetensors") from error
@@ -131,8 +132,8 @@ def main() -> None:
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
             folder.rename(args.to)
-    except OSError as error:
-        raise UserError(f"cannot write {args.to}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {args.to}: {getattr(error, 'strerror', None) or error}") from error
     print(f"{args.to}: the logits of transformers differ from ours by at most {difference:.1e}")
 
 

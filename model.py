@@ -23,7 +23,8 @@ from loss import compiled, cross_entropy, score_targets
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What fixes a model's weights; stored in every checkpoint. The default is GPT-2 sized: 123.6M parameters."""
+    """A model's form. The default is GPT-2 sized: 123.6M parameters. The first three are in every checkpoint; the rest
+    is this file's alone, so that with another value here an old checkpoint is another model."""
 
     n_layer: int = 12
     n_head: int = 12

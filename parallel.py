@@ -4,8 +4,8 @@
 
 Every process holds the whole model and its optimizers. A step's batch is the one that a single process would draw;
 each takes its share, in parts that fit in memory, and one all-reduce adds up the gradients, the loss and the
-processes' flags. So all apply the same update, and whatever ends a run ends it on all of them at the same step.
-Process 0 alone reads and writes out_dir.
+processes' flags. So all apply the same update, and whatever ends a run ends it on all of them at the same step; only
+where some lack memory for their optimizers are the others ended by torchrun. Process 0 alone reads and writes out_dir.
 """
 
 import io

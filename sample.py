@@ -5,8 +5,8 @@
 
     prompt -> tokens -> extend: the prompt at once, then a token at a time -> draw -> characters, once they are whole
 
-The model is out_dir/best.pt. The prompt begins an article, as in training; without one the model begins its own. A text
-ends with its article, after max_new_tokens, or at the longest window that the model was trained on.
+The model is out_dir/best.pt. The prompt begins an article: its title, a blank line, its text; without one the model
+begins its own. A text ends with its article, after max_new_tokens, or at the longest window that was trained on.
 """
 
 import codecs
@@ -24,6 +24,7 @@ from dataset import ENDOFTEXT, VOCAB_SIZE
 from errors import CommandLine, UserError, user_errors
 from model import GPT, Cache
 from packages import gpt2_encoding
+from parallel import memory_errors
 from train import pick_device, pick_dtype
 
 TEMPERATURE, TOP_K = 0.8, 200  # unless asked otherwise; chosen
@@ -128,8 +129,7 @@ def main() -> None:
     if args.max_new_tokens < 1 or args.samples < 1 or not 0 <= args.seed < 2**63:
         raise UserError("--max_new_tokens and --samples must be at least 1, --seed not negative")
     text, encoding, device = read_prompt(args.prompt, args.prompt_file), gpt2_encoding(), pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    model, _ = load_model(args.out_dir / "best.pt")
+    model, dtype = load_model(args.out_dir / "best.pt")[0], pick_dtype(args.dtype, device)
     tokens = [ENDOFTEXT, *encoding.encode_ordinary(text)]
     room = model.max_seq_len - len(tokens)
     if room < 1:
@@ -137,7 +137,7 @@ def main() -> None:
     how = args.temperature, args.top_k, args.top_p, torch.Generator().manual_seed(args.seed)
     texts = InOrder(["", *[f"\n\n--- {number} ---\n\n{text}" for number in range(2, args.samples + 1)]], encoding)
     print(text, end="", flush=True)
-    with hold_in(dtype, model.to(device)):
+    with memory_errors("fewer --samples take less"), hold_in(dtype, model.to(device)):
         for chosen in generate(model, tokens, args.max_new_tokens, args.samples, lambda logits: draw(logits, *how)):
             print(texts.add(chosen), end="", flush=True)
     print(texts.add([ENDOFTEXT] * args.samples))

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import open_best, open_run, save_checkpoint
+from checkpoint import load_checkpoint, open_best, open_run, save_checkpoint
 from config import Config, load_config
 from curriculum import PEAK_FLOPS, Curriculum, expected_ppl, learning_rate
 from dataset import Split, open_dataset
@@ -77,7 +78,7 @@ def train_step(
     seq_len = windows.shape[1] - 1
     device = model.embed.weight.device
     mean_loss = torch.zeros((), device=device)
-    scaler.scale(mean_loss)  # makes the scale, for unscale_ to find even where no part gets so far as to
+    scaler.scale(mean_loss)  # makes the scale: unscale_ needs it even where no part comes to scale its loss
     share = team.share(windows)
     advice, out_of_memory = smaller_parts(config, share, seq_len), False
     try:
@@ -146,6 +147,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in ("bfloat16", "float16", "float32"):
         raise UserError(f"dtype={name!r} is none of 'auto', 'bfloat16', 'float16', 'float32'")
     return getattr(torch, name)
+
+
+def peak_flops(gpu: str) -> float | None:
+    """Of a GPU by its full name; None of one that is not in the table, such as a laptop's of a like name."""
+    known = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b(?! (Ti|D|Laptop|PCIe|NVL)\b)", gpu))
+    return next(known, None)
 
 
 def keep_memory() -> None:
@@ -255,7 +262,7 @@ def train(config: Config, team: Processes | None = None) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, time_s, best = 0, 0.0, Best()
     skipped = 0  # so many of the last steps, in a row; a checkpoint is of a step that was not
-    kept_eval = None  # the evaluation after this step, where the log has it already
+    kept_eval = best_step = None  # the log's evaluation after this step, and the step if best.pt is of it
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -263,12 +270,11 @@ def train(config: Config, team: Processes | None = None) -> int:
         if state["scaler"]:  # empty if it was not float16 until now
             scaler.load_state_dict(state["scaler"])
         step, time_s, best = state["step"], state["time_s"], Best(*state["best"])
-        kept_eval = state["kept_eval"]
+        kept_eval, best_step = state["kept_eval"], step if state["is_best"] else None
         print(f"going on from step {step:,} of {out_dir}")
     saved_step = step if state else None
     state = None  # its tensors were copied
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak_flops = next((peak * team.count for name, peak in PEAK_FLOPS.items() if name in gpu), None)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     team.watch_signals()
 
     def save(name: str, **more: object) -> bool:
@@ -276,7 +282,8 @@ def train(config: Config, team: Processes | None = None) -> int:
         if team.rank != 0:
             return True
         log.flush(durably=True)
-        state = {"config": dataclasses.asdict(config), "step": step, "model": model.state_dict()}
+        state = {"config": dataclasses.asdict(config), "step": step, "model": model.state_dict(),
+                 "unwritten": log.unwritten.decode()}  # fmt: skip
         try:
             save_checkpoint(out_dir / name, state | more)
         except OSError as error:
@@ -299,44 +306,46 @@ def train(config: Config, team: Processes | None = None) -> int:
     def score(split: Split, seq_len: int, n: int) -> Score:
         return score_windows(score_of, split, seq_len, n, token_bytes, config, team)
 
-    def evaluate() -> dict:
-        """The log's record of an evaluation after `step` steps."""
+    def evaluate() -> tuple[dict, Best]:
+        """The log's record of an evaluation after `step` steps, and what early stopping remembers from then on."""
         number, last_len = curriculum.index(max(0, step - 1)), curriculum.last_len
         seq_len = curriculum.stages[number].seq_len
-        n = dataset.val.count(seq_len, 0 if step == config.max_steps else config.eval_tokens)
+        n, n_all = dataset.val.count(seq_len, config.eval_tokens), dataset.val.count(seq_len, 0)
         n_last = max(1, dataset.val.count(last_len, config.eval_tokens) // 4)
-        n_train = dataset.train.count(seq_len, max(1, n // 4) * seq_len)
         val = score(dataset.val, seq_len, n)
-        train_loss = score(dataset.train, seq_len, n_train).loss
-        after = best.after(seq_len, val.loss)
+        after = best.after(seq_len, val.loss)  # by the same windows as those before it; then, at the run's end, by all
+        if (step == config.max_steps or after.bad_evals > config.patience) and n < n_all:
+            n, val = n_all, score(dataset.val, seq_len, n_all)
+        train_loss = score(dataset.train, seq_len, dataset.train.count(seq_len, max(1, n // 4) * seq_len)).loss
         return {"event": "eval", "step": step, "stage": number + 1, "seq_len": seq_len, "val_loss": val.loss,
                 "val_ppl": math.exp(min(val.loss, 700)), "val_accuracy": val.accuracy, "val_bpb": val.bpb,
                 "train_loss": train_loss, "gap": val.loss - train_loss,
                 "last_len_loss": score(dataset.val, last_len, n_last).loss,
                 "plan_ppl": expected_ppl(config.plan_ppl, step), "is_best": after.bad_evals == 0,
-                "bad_evals": after.bad_evals, "time_s": round(time_s, 3)}  # fmt: skip
+                "bad_evals": after.bad_evals, "time_s": round(time_s, 3)}, after  # fmt: skip
 
     bar = tqdm(total=config.max_steps, initial=step, unit="step", disable=None if team.rank == 0 else True,
                dynamic_ncols=True)  # fmt: skip
     counted = (step, time_s)  # where the next tokens/s starts
     while True:
-        eval_due = step % config.eval_interval == 0 or curriculum.ends_stage(step)
+        eval_due = step % config.eval_interval == 0 or curriculum.ends_stage(step) or step == best_step
         if (eval_due or team.stop or step % config.checkpoint_interval == 0) and step != saved_step:
             save_last()
         if team.stop:
             break
         if eval_due:
-            record, kept_eval = kept_eval, None
-            if not record:
+            if kept_eval:
+                best = best.after(kept_eval["seq_len"], kept_eval["val_loss"] if kept_eval["is_best"] else math.inf)
+            else:
                 try:
-                    record = evaluate()
+                    record, best = evaluate()
                 except Stopped:
                     continue
                 if record["is_best"]:
                     save("best.pt")
                 write(record)
                 bar.write(summary(record, config))
-            best = best.after(record["seq_len"], record["val_loss"])
+            kept_eval = None
             if best.bad_evals > config.patience:
                 bar.write(f"stopped early: {best.bad_evals} evaluations without a new best at length {best.seq_len:,}")
                 break
@@ -360,7 +369,7 @@ def train(config: Config, team: Processes | None = None) -> int:
         elif step % config.log_interval == 0:
             tokens = curriculum.tokens_before(step)
             tokens_per_s = (tokens - curriculum.tokens_before(counted[0])) / (time_s - counted[1])
-            mfu = tokens_per_s * model.config.flops_per_token(stage.seq_len) / peak_flops if peak_flops else None
+            mfu = tokens_per_s * model.config.flops_per_token(stage.seq_len) / (peak * team.count) if peak else None
             counted = (step, time_s)
             write({"event": "train", **record, "loss": loss, "grad_norm": grad_norm, "tokens": tokens,
                    "tokens_per_s": round(tokens_per_s, 1), "mfu": mfu, "time_s": round(time_s, 3)})  # fmt: skip
@@ -381,6 +390,10 @@ def train(config: Config, team: Processes | None = None) -> int:
         if (step != saved_step and not skipped) or log.failed:
             raise UserError(f"{out_dir} lacks the end of the run, which its disk did not take; with room on it, "
                             "--resume=True makes it again")  # fmt: skip
+        bests = [record["step"] for record in log.evaluations() if record["is_best"]]
+        if bests and load_checkpoint(out_dir / "best.pt")["step"] != bests[-1]:
+            raise UserError(f"{out_dir / 'best.pt'} is not the best model, that of step {bests[-1]:,}, which its disk "
+                            "did not take; if that is the last step, --resume=True makes it again")  # fmt: skip
         if not team.stop:
             print(eval_table(log.evaluations()))
     if skipped:

@@ -2,7 +2,7 @@
 
     python bench/memory.py [--tokens 2048 4096 8192 16384] [--device=cpu] [--count]
 
-For GPT-2 size (123.6M parameters) and for 24 layers of width 1,024 (GPT-2 medium's, 353M), with Muon and bf16. Counted:
+For GPT-2 size (123.6M parameters) and for 24 layers of width 1,024 (355.1M), with Muon and bf16. Counted:
 
     per weight                4 itself, 4 gradient, 2 as bf16; moments: 4 of Muon (matrices), 8 of AdamW (the rest)
     per token of a part       2 a vocabulary entry: the exponentials of the logits, and a twelfth of that: the logits

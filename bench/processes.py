@@ -9,6 +9,7 @@ starts itself under torchrun; three processes take some 6 GB.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from config import Config, curriculum9  # noqa: E402
 from curriculum import Curriculum, format_table  # noqa: E402
 from dataset import open_dataset  # noqa: E402
-from errors import user_errors  # noqa: E402
+from errors import CommandLine, user_errors  # noqa: E402
 from parallel import Processes, join_processes  # noqa: E402
 from train import set_up, train_step  # noqa: E402
 
@@ -90,11 +91,13 @@ def main(data_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:  # one of torchrun's processes
+    if "RANK" in os.environ:  # one of torchrun's processes
         with join_processes() as team:
             grads = gradients(sys.argv[1], team)
             if team.rank == 0:
                 torch.save(grads, sys.argv[2])
     else:
         with user_errors():
-            main(next((a.removeprefix("--data_dir=") for a in sys.argv[1:]), "data/sample"))
+            parser = CommandLine(description=__doc__.splitlines()[0])
+            parser.add_argument("--data_dir", default="data/sample")
+            main(parser.parse_args().data_dir)

@@ -1,6 +1,6 @@
 """bench/recipe.py's results as Markdown tables and pictures.
 
-    python bench/report.py nanogpt lengths ... | all  [--pictures=bench] [the options that recipe.py was given]
+    python bench/report.py nanogpt lengths --results=bench/recipe [--pictures=bench] [what else recipe.py was given]
 
 Prints a section per experiment; --pictures draws one each into a folder as well. What is not done yet is said, and what
 is done is shown. Of each variant the runs at the learning rate that validation chose:
@@ -288,8 +288,9 @@ def find(name: str, args) -> tuple[dict[str, dict[int, dict]], list[str]]:
     for variant, differs in EXPERIMENTS[name].items():
         todo = [run for run in runs(differs, args) if not read(run, args)]
         if todo:
-            lrs = [f"{run['lr']:g} seed {run['seed']}" if run["lr"] else f"best, seed {run['seed']}" for run in todo]
-            missing.append(f"{variant} ({'; '.join(lrs)})")
+            lrs = [f"{run['lr']:g} seed {run['seed']}" for run in todo if run["lr"]]
+            more = ["then the seeds at the best"] * (len(lrs) < len(todo))
+            missing.append(f"{variant} ({'; '.join(lrs + more)})")
         if grid := grid_of(differs, args):
             lr = best_lr(differs, args) or min(grid, key=lambda lr: grid[lr]["val_loss"])
             mine = {seed: read(settings(differs, lr, seed, args), args) for seed in seeds_of(differs, args)}
@@ -308,9 +309,9 @@ def section(name: str, args) -> str:
     where = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}" for r in results})
     run = max((result["run"] for result in results), key=lambda run: run["share"])
     text += (f"`python bench/recipe.py {name} --data_dir={args.data_dir} --steps={args.steps} --tokens={args.tokens} "
-             f"--seeds={args.seeds} --n_layer={args.n_layer} --n_embd={args.n_embd}`: a whole run has "
-             f"{short(run['share'] * run['steps'] * run['tokens'])} tokens; seed i holds out fold i of {run['folds']} "
-             f"({'; '.join(where)}).\n\n")  # fmt: skip
+             f"--seeds={args.seeds} --n_layer={args.n_layer} --n_embd={args.n_embd} --results={args.results}`: a whole "
+             f"run has {short(run['share'] * run['steps'] * run['tokens'])} tokens; seed i holds out fold i of "
+             f"{run['folds']} ({'; '.join(where)}).\n\n")  # fmt: skip
     if skipped := sum(result["skipped"] > 0 for result in results):
         text += f"{skipped} of these runs had steps without a finite gradient, which were skipped.\n\n"
     text += main_table(found, name)

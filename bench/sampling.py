@@ -28,7 +28,7 @@ from curriculum import format_table  # noqa: E402
 from dataset import ENDOFTEXT  # noqa: E402
 from errors import CommandLine, user_errors  # noqa: E402
 from export import write_model  # noqa: E402
-from model import GPT, Cache, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig, project  # noqa: E402
 from sample import draw, generate, hold_in  # noqa: E402
 from train import pick_device  # noqa: E402
 
@@ -85,7 +85,7 @@ def measure(config: GPTConfig, dtype: torch.dtype, device: torch.device, length:
     ways = {
         "with the cache": with_cache,
         "without": lambda: without_cache(lambda: model(text)[:, -1]),
-        "without, last logits": lambda: without_cache(lambda: model.extend(Cache(config, 1, length, device), text)),
+        "without, last logits": lambda: without_cache(lambda: project(model.hidden(text)[:, -1], model.embed.weight)),
         "transformers": transformers,
     }
     seconds = {name: [] for name in ways}

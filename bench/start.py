@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from config import load_config  # noqa: E402
 from curriculum import Curriculum, format_table  # noqa: E402
 from dataset import Split, open_dataset  # noqa: E402
+from errors import user_errors  # noqa: E402
 
 HELD_OUT = 46_000_000  # tokens of the plan's 11,888 held-out articles (design: 920M tokens, 5 %)
 
@@ -109,24 +110,27 @@ def evaluation_share(config, train_s: dict[int, float], score_s: dict[int, float
     scoring = 0.0
     for step in range(config.max_steps + 1):
         if step % config.eval_interval == 0 or curriculum.ends_stage(step):
-            scored = HELD_OUT if step == config.max_steps else config.eval_tokens
-            scoring += 1.25 * scored * score_s[curriculum.at(max(0, step - 1)).seq_len]  # and a quarter: train_loss
+            at_end = HELD_OUT if step == config.max_steps else 0  # all, besides those by which it may be the best
+            scored = config.eval_tokens + at_end + (at_end or config.eval_tokens) / 4  # a quarter: train_loss
+            scoring += scored * score_s[curriculum.at(max(0, step - 1)).seq_len]
             scoring += 0.25 * config.eval_tokens * score_s[curriculum.last_len]
     return scoring / (training + scoring)
 
 
 def main() -> None:
     argv = sys.argv[1:]
+    load_config(argv)  # raises what is wrong with it, before anything is started
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
         for what in ("cold", "warm", "warm again"):
             seconds = first_step(argv, env, Path(folder) / what)
             print(f"{what}: {seconds:.1f} s from the start of train.py to its first step", flush=True)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cold"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cache of its own"
         started = time.perf_counter()
         stage_costs(argv)
         print(f"all of that, with all compilation cold: {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

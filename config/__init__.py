@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import sys
 from dataclasses import dataclass
 
 from errors import UserError
@@ -59,11 +60,15 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def load_config(argv: list[str]) -> Config:
-    """`CONFIG.py --key=value ...` as a Config.
+    """`CONFIG.py --key=value ...` as a Config. --help prints the program's docstring and every key with its default.
 
     Raises UserError for an unknown key (with the nearest known one), a value of the wrong type, or a config file
     that is missing or does not run.
     """
+    if {"-h", "--help"} & set(argv):
+        keys = [f"--{key}={field.default!r}" for key, field in FIELDS.items()]
+        print(sys.modules["__main__"].__doc__, *keys, sep="\n")
+        sys.exit()
     if not argv or argv[0].startswith("--"):
         raise UserError("give a config file first, as in: train.py config/curriculum9.py --key=value ...")
     values = read_config_file(argv[0])
@@ -124,6 +129,8 @@ def check_ranges(config: Config) -> None:
     for key in ("seed", "warmup_steps", "cooldown_steps", "weight_decay", "grad_clip", "eval_tokens", "patience"):
         if not 0 <= getattr(config, key) < math.inf:
             raise UserError(f"{key}={getattr(config, key)}: it must not be negative")
+    if config.seed >= 2**63:
+        raise UserError(f"seed={config.seed}: it must be less than 2**63")
     if not 0 < config.learning_rate < math.inf:
         raise UserError(f"learning_rate={config.learning_rate}: it must be positive")
     if config.n_embd % (2 * config.n_head):

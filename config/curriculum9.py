@@ -5,7 +5,7 @@ python train.py config/curriculum9.py --data_dir=data/wiki --out_dir=out/curricu
 
 out_dir = "out/curriculum9"
 
-# from step, seq_len, batch_size, lr_scale
+# from step, seq_len, batch_size, lr_scale; a batch is as many windows as 16,384 tokens make
 stages = (
     (0, 64, 256, 11.3),  # token relationships and common words
     (2_000, 128, 128, 7.0),  # phrases

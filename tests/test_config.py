@@ -273,3 +273,10 @@ def test_programs_say_a_mistake_in_one_line_with_status_2(run_program, command, 
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and said in line
+
+
+def test_help_says_what_a_program_does_and_every_key(run_program):
+    for program in ("train.py", "curriculum.py"):
+        done = run_program(program, "--help")
+        assert (done.returncode, done.stderr) == (0, "") and f"python {program} config/curriculum9.py" in done.stdout
+        assert all(f"\n--{field.name}={field.default!r}\n" in done.stdout for field in dataclasses.fields(Config))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -225,6 +226,15 @@ def test_mistakes_are_one_line_and_leave_nothing(run_dir, tmp_path, monkeypatch,
     ):
         assert words in refusal(monkeypatch, capsys, *arguments)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("limit", [100_000, 20])  # of a file: less than the weights; less than any
+def test_a_full_disk_is_one_line_and_leaves_nothing(run_dir, tmp_path, limit):
+    words = [sys.executable, "export.py", str(run_dir), "--to", str(tmp_path / "hf")]
+    done = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_whose_logits_are_not_ours_is_not_kept(run_dir, tmp_path, monkeypatch):

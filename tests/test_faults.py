@@ -1,6 +1,7 @@
 """Full disks, damaged and hostile files, numbers that are not finite, too little memory: what a run does about each."""
 
 import ctypes
+import errno
 import json
 import math
 import os
@@ -86,13 +87,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_is_finished_once_the
     assert_same_run(out_dir, unbroken)
 
 
+def as_an_ordinary_user() -> None:
+    for capability in (1, 2):  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: root minds permissions, too
+        ctypes.CDLL(None).prctl(24, capability)
+
+
 def test_a_read_only_folder_is_refused_and_left_as_it_is(unbroken, program, halfway):
     out_dir = halfway
     before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
     out_dir.chmod(stat.S_IRUSR | stat.S_IXUSR)
-
-    def as_an_ordinary_user() -> None:
-        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: root minds permissions, too
 
     done = program(out_dir, preexec_fn=as_an_ordinary_user)
     out_dir.chmod(stat.S_IRWXU)
@@ -102,9 +105,86 @@ def test_a_read_only_folder_is_refused_and_left_as_it_is(unbroken, program, half
     assert_same_run(out_dir, unbroken)
 
 
+def test_what_lies_in_a_folder_that_may_not_be_looked_into_is_one_line(program, halfway, run_program):
+    closed = halfway.parent / "closed"
+    closed.mkdir()
+    shutil.copytree(halfway, closed / "run")
+    closed.chmod(0)
+    for arguments in ([closed / "run"], [halfway, f"--data_dir={closed}/data"]):
+        done = program(*arguments, preexec_fn=as_an_ordinary_user)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "closed/" in done.stderr, done.stderr
+    done = run_program("sample.py", f"--out_dir={closed}/run", preexec_fn=as_an_ordinary_user)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "closed/" in done.stderr, done.stderr
+    closed.chmod(stat.S_IRWXU)
+
+
+def fail_to_save(monkeypatch, names_and_steps) -> None:
+    """The disk is full whenever a checkpoint of one of these names and steps is saved."""
+
+    def save(path, state):
+        if (path.name, state["step"]) in names_and_steps:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr(train, "save_checkpoint", save)
+
+
+def test_a_best_model_that_was_not_saved_is_told_and_made_again(unbroken, small_dir, tmp_path, monkeypatch):
+    fail_to_save(monkeypatch, {("best.pt", 12)})
+    with pytest.raises(UserError, match="best.pt is not the best model, that of step 12"):
+        train.train(run_config(small_dir, tmp_path))
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 0
+    monkeypatch.undo()
+    assert train.train(run_config(small_dir, tmp_path)) == 0
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 12
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_a_best_model_that_was_not_saved_does_not_matter_once_there_is_a_better_one(small_dir, tmp_path, monkeypatch):
+    fail_to_save(monkeypatch, {("best.pt", 0)})
+    assert train.train(run_config(small_dir, tmp_path)) == 0
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 12
+
+
+def test_a_log_that_cannot_be_written_any_more_loses_nothing(unbroken, small_dir, tmp_path, monkeypatch):
+    """From step 5 on, as on a network's disk that has forgotten the file; checkpoints are saved."""
+
+    def write_out(log, durably):
+        if log.records and log.records[-1]["step"] >= 5:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        write(log, durably)
+
+    write = Log.write_out
+    monkeypatch.setattr(Log, "write_out", write_out)
+    with pytest.raises(UserError, match="lacks the end of the run"):
+        train.train(run_config(small_dir, tmp_path))
+    assert read_log(tmp_path)[-1]["step"] == 4 and load_checkpoint(tmp_path / "last.pt")["step"] == 12
+    monkeypatch.undo()
+    assert train.train(run_config(small_dir, tmp_path)) == 0
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_a_log_that_wrote_half_a_line_before_a_checkpoint_and_the_rest_after_it_has_each_once(tmp_path):
+    lines = [json.dumps({"event": "train", "step": step}) + "\n" for step in range(1, 6)]
+    for whole in (True, False):  # whether the rest came to the disk
+        (tmp_path / "log.jsonl").write_text(lines[0] + lines[1][:9] + (lines[1][9:] + "".join(lines[2:])) * whole)
+        log = Log(tmp_path / "log.jsonl", 3, unwritten=lines[1][9:] + lines[2])
+        assert [record["step"] for record in log.records] == [1, 2, 3]
+        log.file.close()
+
+
+def test_a_damaged_checkpoint_stays_where_it_is_when_the_command_is_refused(program, halfway):
+    damaged = bytearray((halfway / "last.pt").read_bytes())
+    damaged[len(damaged) // 3] ^= 4
+    (halfway / "last.pt").write_bytes(damaged)
+    done = program(halfway, "--seed=3")
+    assert done.returncode == 2 and "seed was 1337 and is 3" in done.stderr
+    assert (halfway / "last.pt").read_bytes() == damaged and not (halfway / "last.damaged").exists()
+
+
 def test_a_log_keeps_what_a_full_disk_does_not_take_and_writes_it_later(tmp_path, capsys):
     records = [{"event": "train", "step": step} for step in range(1, 6)]
-    log = Log(tmp_path / "log.jsonl", 0, keep_eval=False)
+    log = Log(tmp_path / "log.jsonl")
     log.write(records[0])
     disk = log.file
     log.file = open("/dev/full", "wb", buffering=0)  # the kernel's own ENOSPC
@@ -119,7 +199,7 @@ def test_a_log_keeps_what_a_full_disk_does_not_take_and_writes_it_later(tmp_path
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write(json.dumps(records[4]) + '\n{"event": "train", "st')
     log.file.close()
-    assert Log(tmp_path / "log.jsonl", 3, keep_eval=False).records == records[:3] == read_log(tmp_path)
+    assert Log(tmp_path / "log.jsonl", 3).records == records[:3] == read_log(tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["flipped", "truncated", "empty", "missing"])
@@ -287,7 +367,7 @@ def test_float16_s_gradients_are_those_of_float32_and_an_overflow_halves_the_sca
 
 
 def test_a_float16_run_finds_its_scale_and_goes_on_with_it(small_dir, tmp_path):
-    """Both runs start from the same checkpoint, whose scale is far too large; one of them is broken off at step 8."""
+    """Both runs start from the same checkpoint, whose scale is far too large; one of them is broken off at step 6."""
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
 
     def run(out_dir, max_steps: int) -> None:
@@ -300,7 +380,7 @@ def test_a_float16_run_finds_its_scale_and_goes_on_with_it(small_dir, tmp_path):
     save_checkpoint(unbroken / "last.pt", state)
     shutil.copytree(unbroken, resumed)
     run(unbroken, 12)
-    run(resumed, 8)
+    run(resumed, 6)
     run(resumed, 12)
     assert_same_run(resumed, unbroken)
     scales = [load_checkpoint(out_dir / "last.pt")["scaler"] for out_dir in (resumed, unbroken)]
@@ -355,26 +435,35 @@ CURVES = {
 }
 
 
+@pytest.mark.parametrize("all_differ", [-2.0, 2.0])
 @pytest.mark.parametrize("curve", CURVES)
-def test_early_stopping_on_made_up_curves(curve, monkeypatch, tmp_path, small_dir):
+def test_early_stopping_on_made_up_curves(curve, all_differ, monkeypatch, tmp_path, small_dir):
     """One evaluation a step: losses[s] after s steps; it stops after step `end` or not at all; best.pt is of `best`."""
     losses, end, best = CURVES[curve]
     val = iter(losses)
 
     def made_up(score_of, split, seq_len, n, token_bytes, config, team):
+        if n > 100:  # all held-out windows, at the end of the run: no loss to compare with those of fewer
+            all_scored.append(seq_len)
+            return Score(made_up.loss + all_differ, 0.0, 0.0, n, 0.0, [])
         calls.append(seq_len)
         if len(calls) % 3 == 1:  # validation; training and the last length follow
             expected, made_up.loss = next(val)
             assert seq_len == expected
         return Score(made_up.loss, 0.0, 0.0, n, 0.0, [])
 
-    calls = []
+    calls, all_scored = [], []
     monkeypatch.setattr(train, "score_windows", made_up)
     rows = ((0, 16, 2, 1.0), (3, 16, 2, 0.5))
     change = next((step for step, (length, _) in enumerate(losses) if length == 32), None)
     if change:  # the evaluation that closes a stage is at its own length
         rows = ((0, 16, 2, 1.0), (change - 1, 32, 2, 1.0))
-    train.train(run_config(small_dir, tmp_path, stages=rows, max_steps=8, eval_interval=1, patience=3))
+    config = run_config(small_dir, tmp_path, stages=rows, max_steps=8, eval_interval=1, patience=3)
+    train.train(config)
     evals = [record for record in read_log(tmp_path) if record["event"] == "eval"]
     assert evals[-1]["step"] == (end or 8)
     assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == best
+    assert len(all_scored) == 1 and evals[-1]["val_loss"] == losses[end or 8][1] + all_differ
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    train.train(config)  # started again, it has ended already
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and len(all_scored) == 1

@@ -42,6 +42,8 @@ TRAIN = {
     "out_dir under a file": ("small.py", ["--out_dir=small.py/x"], "out_dir"),
     "out_dir in use": ("small.py", ["--out_dir=used"], "holds a run"),
     "another run": ("small.py", ["--out_dir=used", "--resume=True", "--seed=3"], "seed was 1337 and is 3"),
+    "a run that is further": ("small.py", ["--out_dir=used", "--resume=True", "--max_steps=1"], "step 2, which"),
+    "seed": ("small.py", [f"--seed={10**20}"], "seed"),
     "another file": ("small.py", ["--out_dir=foreign", "--resume=True"], "is not a readable checkpoint"),
     "a model alone": ("small.py", ["--out_dir=model", "--resume=True"], "has no best, optimizers"),
     "evaluating no model": ("small.py", ["--out_dir=nowhere", "--eval_only=True"], "nowhere/best.pt does not exist"),
@@ -54,6 +56,7 @@ TRAIN = {
 OTHERS = {
     "prompt": ("sample.py", ["--out_dir=used", "--prompt=" + "word " * 70], "prompt"),
     "temperature": ("sample.py", ["--out_dir=used", "--temperature=-1"], "temperature"),
+    "samples": ("sample.py", ["--out_dir=used", "--samples=1000000"], "fewer --samples"),
     "no model": ("sample.py", ["--out_dir=nowhere"], "nowhere/best.pt"),
     "damaged model": ("sample.py", ["--out_dir=foreign"], "foreign/best.pt"),
     "speed": ("curriculum.py", ["small.py", "--speed=fast"], "fast"),
@@ -107,7 +110,7 @@ def test_a_run_that_is_started_twice_is_refused_the_second_time(folder, tmp_path
     """While the first one's log is open, as this process holds it."""
     from checkpoint import Log
 
-    log = Log(tmp_path / "log.jsonl", 0, keep_eval=False)
+    log = Log(tmp_path / "log.jsonl")
     done = run_program(ROOT / "train.py", "small.py", f"--out_dir={tmp_path}", "--resume=True", cwd=folder)
     assert done.returncode == 2 and "another run" in done.stderr and len(done.stderr.splitlines()) == 1
     del log

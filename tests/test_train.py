@@ -257,6 +257,27 @@ def test_a_run_made_longer_goes_on_as_if_it_had_been_longer_from_the_start(tmp_p
     assert_same_run(short, tmp_path / "long")
 
 
+def test_a_run_made_longer_keeps_an_evaluation_where_it_ended(tmp_path, small_dir):
+    """At a step that is no stage's end and no multiple of the interval, where best.pt is the model of it."""
+    keys = SMALL | {"data_dir": str(small_dir), "out_dir": str(tmp_path), "stages": FEW[:1], "eval_interval": 4}
+    train.train(Config(**keys, max_steps=9))
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 9
+    train.train(Config(**keys | {"eval_interval": 100}, max_steps=11, resume=True))
+    evals = {r["step"]: r["is_best"] for r in read_log(tmp_path) if r["event"] == "eval"}
+    assert list(evals) == [0, 4, 8, 9, 11] and evals[9]
+    steps = [r["step"] for r in read_log(tmp_path) if r["event"] == "train"]
+    assert steps == list(range(1, 12))
+
+
+@pytest.mark.parametrize("gpu, peak", [("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+                                       ("NVIDIA A100-PCIE-40GB", 312e12), ("NVIDIA H100 80GB HBM3", 989.4e12),
+                                       ("NVIDIA H200", 989.4e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+                                       ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA RTX A1000", None),
+                                       ("NVIDIA GH200 480GB", None), ("NVIDIA H100 PCIe", None)])  # fmt: skip
+def test_a_peak_is_known_of_the_very_card(gpu, peak):
+    assert train.peak_flops(gpu) == peak
+
+
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(config_file, run_program):
     out_dir = config_file.parent / "run"
     assert run_program("train.py", config_file).returncode == 0
