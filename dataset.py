@@ -87,7 +87,7 @@ def open_dataset(data_dir: str, max_len: int) -> Dataset:
         raise UserError(f"{data_dir} is not a dataset (no meta.json in it): make one with prepare_wiki.py")
     try:
         meta = json.loads((path / "meta.json").read_text())
-        shards = {"train": [], "val": []}
+        shards = {split: [] for split in SPLITS}
         for shard in meta["shards"]:
             file, told = path / shard["file"], 2 * shard["tokens"]
             if file.stat().st_size != told:
@@ -99,8 +99,8 @@ def open_dataset(data_dir: str, max_len: int) -> Dataset:
     except Exception as error:  # json, numpy and zipfile each have their own
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{data_dir} is damaged: {what}; make it again with prepare_wiki.py") from error
-    splits = [Split(shards[name]) for name in ("train", "val")]
-    for name, split in zip(("train", "val"), splits):
+    splits = [Split(shards[name]) for name in SPLITS]
+    for name, split in zip(SPLITS, splits):
         if split.tiles(max_len).sum() == 0:
             raise UserError(f"{data_dir}: no {name} shard holds a window of {max_len + 1:,} tokens")
     return Dataset(meta, *splits, token_bytes)

@@ -334,7 +334,7 @@ def train(config: Config, team: Processes | None = None) -> int:
         if team.stop:
             break
         if eval_due:
-            if kept_eval:
+            if kept_eval:  # whose val_loss, if it was the last of its run, is not of the windows that best is of
                 best = best.after(kept_eval["seq_len"], kept_eval["val_loss"] if kept_eval["is_best"] else math.inf)
             else:
                 try:

@@ -89,9 +89,9 @@ def score_windows(
         raise team.error(f"out of memory: {advice}")
     if team.stop:
         raise Stopped
-    loss, hits, n_bytes, *sums = team.sum(sums.tolist())
-    means = [(total / n, standard_error(total, squares, n))
-             for total, squares in zip(sums[: len(ranges)], sums[len(ranges) :])]  # fmt: skip
+    loss, hits, n_bytes, *by_range = team.sum(sums.tolist())
+    range_sums, range_squares = by_range[: len(ranges)], by_range[len(ranges) :]
+    means = [(total / n, standard_error(total, squares, n)) for total, squares in zip(range_sums, range_squares)]
     return Score(loss / (n * seq_len), hits / (n * seq_len), loss / math.log(2) / max(1, n_bytes),
                  n, means[0][1], means[1:])  # fmt: skip
 

@@ -124,7 +124,8 @@ def band_labels(bands: list[tuple[float, float, int]], least: float) -> list[tup
 
 
 def smooth(values: np.ndarray, reach: int) -> np.ndarray:
-    """The mean of each value and `reach` on both sides; at the start of as many as came before, so its fall stays."""
+    """The mean of each value and `reach` on both sides: near the start, of as many after it as come before it, so that
+    the first fall is not flattened."""
     at = np.arange(len(values))
     reach = np.minimum(reach, at)
     stop = np.minimum(at + reach + 1, len(values))
