@@ -128,9 +128,11 @@ def open_parquet(path: Path):
         file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    types = {field.name: getattr(field.type, "value_type", field.type) for field in file.schema_arrow}
-    for name in ("title", "text"):  # of strings, or of numbers of strings in a dictionary
-        if types.get(name) not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+    types = {field.name: field.type for field in file.schema_arrow}
+    for name in ("title", "text"):
+        kind = types.get(name)
+        kind = kind.value_type if kind and pyarrow.types.is_dictionary(kind) else kind
+        if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
             columns = ", ".join(f"{field.name} of {field.type}" for field in file.schema_arrow)
             raise UserError(f"{path}: expected a column {name!r} of strings; it has {columns}")
     return file
@@ -304,7 +306,7 @@ def find_files(inputs: list[str]) -> list[Path]:
             raise UserError(f"{given}: no file of articles in it" if Path(given).is_dir() else f"{given}: no such file")
         found += paths
     for path in found:
-        if not path.is_file() or not os.access(path, os.R_OK):
+        if not os.path.isfile(path) or not os.access(path, os.R_OK):
             raise UserError(f"{path}: not a file that can be read")
         if kind_of(path) is None:
             raise UserError(f"{path}: of no known kind, which are .jsonl, .parquet, .txt, .xml, with .gz or .bz2")

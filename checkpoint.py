@@ -141,24 +141,31 @@ def lock(file: io.FileIO) -> None:
         pass
 
 
+def hold(path: Path) -> io.FileIO:
+    file = open(path, "ab+")
+    lock(file)
+    return file
+
+
 class Log:
     """log.jsonl, one JSON object a line, written out as it comes.
 
     Opened at a step, it forgets what a killed run logged after it. The evaluation at that very step, which comes after
     the checkpoint, is kept if keep_eval says so of it. What a full disk does not take is written later; `unwritten` is
-    what a run could not write until its checkpoint. Raises UserError if it cannot be written at the start, or if
-    another run is writing it.
+    what a run had not come to write when it made its checkpoint. held is the file at path, if it is locked already.
+    Raises UserError if it cannot be written at the start, or if another run is writing it.
     """
 
-    def __init__(self, path: Path, step: int = 0, keep_eval: Callable = lambda record: False, unwritten: str = ""):
+    def __init__(self, path: Path, step: int = 0, keep_eval: Callable = lambda record: False, unwritten: str = "",
+                 held: io.FileIO | None = None):  # fmt: skip
         self.path, self.records, self.failed = path, [], False
         temporary = path.with_suffix(".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab+") as old:
-                lock(old)
+            with held or hold(path) as old:
                 old.seek(0)
-                for line in dict.fromkeys((old.read() + unwritten.encode()).splitlines()):  # the disk may have both
+                lines = [*old.read().splitlines(), *unwritten.encode().splitlines()]
+                for line in dict.fromkeys(lines):  # what a run could not write, it may have written after all
                     try:
                         record = json.loads(line)
                     except ValueError:
@@ -175,6 +182,11 @@ class Log:
         except OSError as error:
             drop(temporary)
             raise UserError(f"cannot write in out_dir {path.parent}: {error.strerror}") from error
+
+    def not_on_disk(self) -> str:
+        """The last records, a line each, that the disk has not taken, or of which it may have a part."""
+        missing = self.unwritten.count(b"\n")
+        return "".join(json.dumps(record) + "\n" for record in self.records[len(self.records) - missing :])
 
     def evaluations(self) -> list[dict]:
         return [record for record in self.records if record["event"] == "eval"]
@@ -209,9 +221,9 @@ def open_best(config: Config) -> dict:
 
 
 def open_run(config: Config) -> tuple[dict | None, Log]:
-    """The checkpoint that the run goes on from (None for a new run) and its log. To the checkpoint belong `is_best`,
-    whether best.pt is of the same step, and `kept_eval`, the log's evaluation at that step, or None: it is kept if it
-    was made under the same configuration, and if best.pt is as it says.
+    """The checkpoint that the run goes on from (None for a new run) and its log. To the checkpoint belong `same`,
+    whether it was made under this configuration; `is_best`, whether best.pt is of the same step; and `kept_eval`, the
+    log's evaluation at that step, or None: it is kept if the configuration is the same and best.pt is as it says.
 
     Raises UserError if out_dir holds another run, one that resume does not ask for, or one that is past max_steps.
     """
@@ -219,9 +231,14 @@ def open_run(config: Config) -> tuple[dict | None, Log]:
     used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if os.path.exists(out_dir / name)]
     if used and not config.resume:
         raise UserError(f"{out_dir} holds a run ({', '.join(used)}): give --resume=True or another --out_dir")
+    path, held = out_dir / "log.jsonl", None
+    try:  # first of all: a run that is about to end may be writing its last checkpoint
+        held = hold(path) if os.path.exists(path) else None
+    except OSError as error:
+        raise UserError(f"cannot write in out_dir {out_dir}: {error.strerror}") from error
     state, is_damaged = find_checkpoint(out_dir)
     if not state:
-        return None, Log(out_dir / "log.jsonl")
+        return None, Log(path, held=held)
     check_same_run(config, state)
     step, last, best = state["step"], out_dir / "last.pt", out_dir / "best.pt"
     if step > config.max_steps:
@@ -233,12 +250,12 @@ def open_run(config: Config) -> tuple[dict | None, Log]:
         best_step = None
         if os.path.exists(best):
             print(error, file=sys.stderr)
-    log = Log(out_dir / "log.jsonl", step, lambda record: same and record["is_best"] == (best_step == step),
-              state.get("unwritten", ""))  # fmt: skip
+    log = Log(path, step, lambda record: same and record["is_best"] == (best_step == step),
+              state.get("unwritten", ""), held)  # fmt: skip
     if is_damaged:  # the next save would make it prev.pt, over the one that is whole
         try:
             last.replace(last.with_suffix(".damaged"))
         except OSError as error:
             raise UserError(f"cannot set {last} aside: {error.strerror}") from error
     kept = [record for record in log.evaluations() if record["step"] == step]
-    return state | {"kept_eval": kept[0] if kept else None, "is_best": best_step == step}, log
+    return state | {"same": same, "is_best": best_step == step, "kept_eval": kept[0] if kept else None}, log

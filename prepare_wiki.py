@@ -165,7 +165,7 @@ def tokenize(groups: list[list[Path]], work: Path, seed: int, workers: int) -> t
                     os.replace(f"{target}.tmp", f"{target}.npz")
 
         try:
-            for files, given, name in zip(groups, inputs, names):
+            for files, name in zip(groups, names):
                 count = work / f"{name}.count"  # of its pieces: stands when they have all been handed out
                 targets = [f"{work}/{name}_{i:06d}" for i in range(int(count.read_text()) if count.exists() else 0)]
                 if not targets or not all(os.path.exists(f"{target}.npz") for target in targets):
@@ -176,10 +176,11 @@ def tokenize(groups: list[list[Path]], work: Path, seed: int, workers: int) -> t
                             running[pool.submit(tokenize_piece, piece, targets[-1], seed)] = targets[-1]
                             finish(workers + 2)
                     write_atomically(count, str(len(targets)).encode())
-                if identity(files) != given:
-                    raise UserError(f"{files[0]} changed while it was read")
                 all_targets.append((files[0], targets))
             finish(0)
+            for files, given in zip(groups, inputs):
+                if identity(files) != given:
+                    raise UserError(f"{files[0]} changed while it was read")
         except BrokenProcessPool as error:
             raise UserError("a tokenizing process was killed (for want of memory?); run again to go on") from error
         finally:
@@ -433,7 +434,7 @@ def main() -> None:
     except MemoryError as error:
         raise UserError("out of memory: fewer --workers take less; run again to go on") from error
     if stands:
-        print(f"{out} holds this dataset already: the same options, and inputs of the same names and sizes")
+        print(f"{out} holds this dataset already: the same options and, by names and sizes, inputs")
     else:
         print_summary(meta, None if went_on else time.perf_counter() - started)
 

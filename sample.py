@@ -127,7 +127,7 @@ def main() -> None:
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0:
         raise UserError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1")
     if args.max_new_tokens < 1 or args.samples < 1 or not 0 <= args.seed < 2**63:
-        raise UserError("--max_new_tokens and --samples must be at least 1, --seed not negative")
+        raise UserError("--max_new_tokens and --samples must be at least 1, --seed from 0 to below 2**63")
     text, encoding, device = read_prompt(args.prompt, args.prompt_file), gpt2_encoding(), pick_device(args.device)
     model, dtype = load_model(args.out_dir / "best.pt")[0], pick_dtype(args.dtype, device)
     tokens = [ENDOFTEXT, *encoding.encode_ordinary(text)]

@@ -272,7 +272,7 @@ def train(config: Config, team: Processes | None = None) -> int:
         step, time_s, best = state["step"], state["time_s"], Best(*state["best"])
         kept_eval, best_step = state["kept_eval"], step if state["is_best"] else None
         print(f"going on from step {step:,} of {out_dir}")
-    saved_step = step if state else None
+    saved_step = step if state and state["same"] else None
     state = None  # its tensors were copied
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     team.watch_signals()
@@ -283,7 +283,7 @@ def train(config: Config, team: Processes | None = None) -> int:
             return True
         log.flush(durably=True)
         state = {"config": dataclasses.asdict(config), "step": step, "model": model.state_dict(),
-                 "unwritten": log.unwritten.decode()}  # fmt: skip
+                 "unwritten": log.not_on_disk()}  # fmt: skip
         try:
             save_checkpoint(out_dir / name, state | more)
         except OSError as error:
@@ -296,7 +296,7 @@ def train(config: Config, team: Processes | None = None) -> int:
         if skipped:  # weights that gave no finite loss replace none that did
             return
         states = [optimizer.state_dict() for optimizer in optimizers]
-        if save("last.pt", optimizers=states, scaler=scaler.state_dict(), time_s=time_s, best=tuple(best)):
+        if save("last.pt", optimizers=states, scaler=scaler.state_dict(), time_s=time_s, best=tuple(before)):
             saved_step = step
 
     def write(record: dict) -> None:
@@ -328,14 +328,16 @@ def train(config: Config, team: Processes | None = None) -> int:
                dynamic_ncols=True)  # fmt: skip
     counted = (step, time_s)  # where the next tokens/s starts
     while True:
+        before = best  # the evaluation after this step: a checkpoint does not count on it
         eval_due = step % config.eval_interval == 0 or curriculum.ends_stage(step) or step == best_step
         if (eval_due or team.stop or step % config.checkpoint_interval == 0) and step != saved_step:
             save_last()
         if team.stop:
             break
         if eval_due:
-            if kept_eval:  # whose val_loss, if it was the last of its run, is not of the windows that best is of
-                best = best.after(kept_eval["seq_len"], kept_eval["val_loss"] if kept_eval["is_best"] else math.inf)
+            if kept_eval:  # is_best says how it compared: of the last one of a run, val_loss is of other windows
+                seq_len, loss = kept_eval["seq_len"], kept_eval["val_loss"]
+                best = Best(seq_len, loss) if kept_eval["is_best"] else best.after(seq_len, math.inf)
             else:
                 try:
                     record, best = evaluate()
@@ -345,12 +347,12 @@ def train(config: Config, team: Processes | None = None) -> int:
                     save("best.pt")
                 write(record)
                 bar.write(summary(record, config))
-            kept_eval = None
             if best.bad_evals > config.patience:
                 bar.write(f"stopped early: {best.bad_evals} evaluations without a new best at length {best.seq_len:,}")
                 break
         if step == config.max_steps:
             break
+        kept_eval = None
 
         started = time.perf_counter()
         stage = curriculum.at(step)
@@ -391,7 +393,7 @@ def train(config: Config, team: Processes | None = None) -> int:
             raise UserError(f"{out_dir} lacks the end of the run, which its disk did not take; with room on it, "
                             "--resume=True makes it again")  # fmt: skip
         bests = [record["step"] for record in log.evaluations() if record["is_best"]]
-        if bests and load_checkpoint(out_dir / "best.pt")["step"] != bests[-1]:
+        if bests and not team.stop and load_checkpoint(out_dir / "best.pt")["step"] < bests[-1]:
             raise UserError(f"{out_dir / 'best.pt'} is not the best model, that of step {bests[-1]:,}, which its disk "
                             "did not take; if that is the last step, --resume=True makes it again")  # fmt: skip
         if not team.stop:

@@ -201,7 +201,8 @@ def test_a_damaged_file_is_named(tmp_path, case):
 
 def test_parquet_of_other_layouts(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    for columns, has in (({"title": ["a"], "body": ["b"]}, "body of string"), ({"title": ["a"], "text": [1]}, "int64")):
+    for columns, has in (({"title": ["a"], "body": ["b"]}, "body of string"), ({"title": ["a"], "text": [1]}, "int64"),
+                         ({"title": ["a"], "text": [["b"]]}, "text of list<")):
         parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
         done = run(tmp_path / "a.parquet", "--out", tmp_path / "out")
         assert done.returncode == 2 and "expected a column 'text' of strings" in done.stderr and has in done.stderr

@@ -1,13 +1,16 @@
 """Full disks, damaged and hostile files, numbers that are not finite, too little memory: what a run does about each."""
 
 import ctypes
+import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
 import pickle
 import resource
 import shutil
+import signal
 import stat
 import zipfile
 
@@ -21,6 +24,7 @@ from checkpoint import Log, load_checkpoint, save_checkpoint
 from config import Config
 from errors import UserError
 from model import GPT, GPTConfig
+from parallel import Processes
 from validate import Score
 
 TABLE = ((0, 16, 8, 1.0), (6, 32, 4, 0.5))
@@ -140,6 +144,69 @@ def test_a_best_model_that_was_not_saved_is_told_and_made_again(unbroken, small_
     assert_same_run(tmp_path, unbroken)
 
 
+def stopping(monkeypatch, step: int) -> Processes:
+    """A process to which SIGTERM comes in its step of this number, counted from where it starts."""
+    team, train_step = Processes(), train.train_step
+    calls = itertools.count(1)
+
+    def stopped(*arguments):
+        team.seen += [signal.SIGTERM] * (next(calls) == step)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", stopped)
+    return team
+
+
+def evaluations(out_dir) -> dict[int, bool]:
+    """Whether each was the best, by step."""
+    return {record["step"]: record["is_best"] for record in read_log(out_dir) if record["event"] == "eval"}
+
+
+def test_a_run_that_is_stopped_before_it_reaches_its_best_again_says_that_it_was_stopped(
+    unbroken, small_dir, tmp_path, monkeypatch
+):
+    """Going on from prev.pt, of step 9, when best.pt is of step 12."""
+    shutil.copytree(unbroken, tmp_path / "run")
+    (tmp_path / "run" / "last.pt").write_bytes(b"damaged")
+    config = run_config(small_dir, tmp_path / "run")
+    assert train.train(config, stopping(monkeypatch, 1)) == signal.SIGTERM
+    assert evaluations(tmp_path / "run") == {0: True, 6: False}
+    monkeypatch.undo()
+    assert train.train(config) == 0
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_other_evaluations_than_before_do_not_make_a_run_fail(unbroken, small_dir, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")
+    for eval_tokens in (64, 1_024):
+        assert train.train(run_config(small_dir, tmp_path / "run", eval_tokens=eval_tokens)) == 0
+
+
+def test_a_checkpoint_that_is_saved_late_does_not_count_on_its_evaluation(small_dir, tmp_path, monkeypatch):
+    """The disk has room for last.pt of step 12 only after the evaluation there. Then the run is made longer."""
+    full = [("last.pt", 12)]
+
+    def save(path, state):
+        if (path.name, state["step"]) in full:
+            full.clear()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    assert train.train(run_config(small_dir, tmp_path)) == 0 and not full
+    assert train.train(run_config(small_dir, tmp_path, max_steps=14)) == 0
+    assert evaluations(tmp_path)[12]
+
+
+def test_a_run_that_goes_back_to_an_earlier_configuration_leaves_out_no_evaluation(small_dir, tmp_path, monkeypatch):
+    config = run_config(small_dir, tmp_path, max_steps=8, eval_interval=7)
+    assert train.train(config, stopping(monkeypatch, 5)) == signal.SIGTERM
+    monkeypatch.undo()
+    assert train.train(dataclasses.replace(config, max_steps=5)) == 0
+    assert train.train(config) == 0
+    assert {0, 6, 7, 8} <= evaluations(tmp_path).keys()
+
+
 def test_a_best_model_that_was_not_saved_does_not_matter_once_there_is_a_better_one(small_dir, tmp_path, monkeypatch):
     fail_to_save(monkeypatch, {("best.pt", 0)})
     assert train.train(run_config(small_dir, tmp_path)) == 0
@@ -166,9 +233,16 @@ def test_a_log_that_cannot_be_written_any_more_loses_nothing(unbroken, small_dir
 
 def test_a_log_that_wrote_half_a_line_before_a_checkpoint_and_the_rest_after_it_has_each_once(tmp_path):
     lines = [json.dumps({"event": "train", "step": step}) + "\n" for step in range(1, 6)]
-    for whole in (True, False):  # whether the rest came to the disk
-        (tmp_path / "log.jsonl").write_text(lines[0] + lines[1][:9] + (lines[1][9:] + "".join(lines[2:])) * whole)
-        log = Log(tmp_path / "log.jsonl", 3, unwritten=lines[1][9:] + lines[2])
+    log = Log(tmp_path / "log.jsonl")
+    log.write(json.loads(lines[0]))
+    log.records += map(json.loads, lines[1:3])
+    log.unwritten = (lines[1][9:] + lines[2]).encode()
+    not_on_disk = log.not_on_disk()
+    assert not_on_disk == lines[1] + lines[2]
+    log.file.close()
+    for more in ("", lines[1][9:15], lines[1][9:], lines[1][9:] + "".join(lines[2:])):  # what came to the disk after it
+        (tmp_path / "log.jsonl").write_text(lines[0] + lines[1][:9] + more)
+        log = Log(tmp_path / "log.jsonl", 3, unwritten=not_on_disk)
         assert [record["step"] for record in log.records] == [1, 2, 3]
         log.file.close()
 
