@@ -15,6 +15,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest tests first: else a core would idle while the other comes to its end with one of them."""
+    items.sort(key=lambda item: item.path.name not in ("test_train.py", "test_processes.py", "test_readme.py"))
+
+
 @pytest.fixture(scope="session")
 def sample_dir() -> Path:
     """data/sample: real articles, prepared if they are not there yet, by one of the processes that test."""

@@ -466,18 +466,27 @@ def test_a_float16_run_finds_its_scale_and_goes_on_with_it(small_dir, tmp_path):
 # Memory
 
 
-def test_too_little_memory_is_one_line_with_the_micro_batch_to_try_and_that_one_fits(program, tmp_path):
-    """In an address space that the loss of 1,024 tokens fits into, and that of 8,192 does not: 0.2 and 1.6 GB."""
-    table = ["--stages=[(0,64,128,1.0)]", "--max_steps=1"]
+# train.py with 1.8 GB of address space besides what importing torch takes: 0.7 GB or, of a CUDA build, 3.3.
+WITH_LITTLE_MEMORY = """
+import resource, runpy, sys, torch
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 1_800_000_000, used + 1_800_000_000))
+runpy.run_path("train.py", run_name="__main__")
+"""
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (2_500_000_000, 2_500_000_000))
 
-    done = program(tmp_path / "run", *table, "--micro_batch_tokens=8192", preexec_fn=limit)
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="looks at its memory in /proc")
+def test_too_little_memory_is_one_line_with_the_micro_batch_to_try_and_that_one_fits(small_dir, run_program, tmp_path):
+    """The loss of 1,024 tokens fits into the address space, and that of 8,192 does not: 0.2 and 1.6 GB."""
+    path = tmp_path / "faults.py"
+    keys = KEYS | {"stages": ((0, 64, 128, 1.0),), "max_steps": 1, "data_dir": str(small_dir)}
+    path.write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
+    arguments = ["-c", WITH_LITTLE_MEMORY, path, f"--out_dir={tmp_path / 'run'}", "--resume=True"]
+    done = run_program(*arguments, "--micro_batch_tokens=8192")
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: out of memory: 128 windows of 64") and "--micro_batch_tokens=4096" in line
-    done = program(tmp_path / "run", *table, "--micro_batch_tokens=1024", preexec_fn=limit)
+    done = run_program(*arguments, "--micro_batch_tokens=1024")
     assert done.returncode == 0, done.stderr
 
 

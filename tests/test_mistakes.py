@@ -56,7 +56,6 @@ TRAIN = {
 OTHERS = {
     "prompt": ("sample.py", ["--out_dir=used", "--prompt=" + "word " * 70], "prompt"),
     "temperature": ("sample.py", ["--out_dir=used", "--temperature=-1"], "temperature"),
-    "samples": ("sample.py", ["--out_dir=used", "--samples=1000000"], "fewer --samples"),
     "no model": ("sample.py", ["--out_dir=nowhere"], "nowhere/best.pt"),
     "damaged model": ("sample.py", ["--out_dir=foreign"], "foreign/best.pt"),
     "speed": ("curriculum.py", ["small.py", "--speed=fast"], "fast"),

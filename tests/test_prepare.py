@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -556,8 +557,11 @@ def test_one_that_waits_does_not_overwrite_what_the_other_made(tmp_path):
     wait_for(out, "*.npz", first)
     first.send_signal(signal.SIGSTOP)
     second = start(source, "--out", out, "--val_fraction", 0.5)
-    while not any(os.path.realpath(file).endswith("/lock") for file in Path(f"/proc/{second.pid}/fd").glob("*")):
+    waits = False
+    while not waits:
         assert second.poll() is None, second.communicate()
+        with suppress(FileNotFoundError):  # closed meanwhile
+            waits = any(os.readlink(file).endswith("/lock") for file in Path(f"/proc/{second.pid}/fd").glob("*"))
     first.send_signal(signal.SIGCONT)
     assert first.communicate()[1] == "" and first.returncode == 0
     error = second.communicate()[1]

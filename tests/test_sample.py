@@ -196,6 +196,17 @@ def test_a_character_that_never_becomes_whole_is_shown_as_such():
     assert shower.add(half) == "" and shower.add([ENDOFTEXT]) == "\ufffd"
 
 
+def test_too_little_memory_for_so_many_samples_is_one_line(trained, monkeypatch, capsys):
+    def lack(*size):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(sample, "Cache", lack)
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained}", "--samples=9"])
+    with pytest.raises(SystemExit) as exit, user_errors():
+        sample.main()
+    assert exit.value.code == 2 and capsys.readouterr().err == "error: out of memory: fewer --samples take less\n"
+
+
 def test_text_is_written_out_as_it_is_made(trained, monkeypatch):
     """Before a token is chosen, all text up to it has left the program's buffers."""
     encoding, screen = gpt2_encoding(), io.BytesIO()
