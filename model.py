@@ -81,9 +81,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+HAS_AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I) times weight (O, I) transposed. A single row as a vector: in bfloat16 a CPU with AMX is faster."""
-    if torch.compiler.is_compiling() or x.numel() > x.shape[-1]:  # compiled, how many rows is not known
+    """x (..., I) times weight (O, I) transposed. With AMX a single row is taken as a vector: in bfloat16 that is faster
+    on a CPU that has it, and slower on one that has not."""
+    if not HAS_AMX or torch.compiler.is_compiling() or x.numel() > x.shape[-1]:  # compiled, the rows are not known
         return F.linear(x, weight)
     return weight.mv(x.flatten().to(weight.dtype)).view(*x.shape[:-1], -1)
 
