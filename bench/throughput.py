@@ -178,13 +178,10 @@ def peak_rate(device: str) -> float:
     just now (best of five)."""
     import torch
 
-    from curriculum import PEAK_FLOPS
-    from train import pick_dtype
+    from train import peak_flops, pick_dtype
 
-    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
-    for name, peak in PEAK_FLOPS.items():
-        if name in gpu:
-            return peak
+    if device == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())):
+        return peak
     n = 4096 if device == "cpu" else 16384
     dtype = pick_dtype("auto", torch.device(device))
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
