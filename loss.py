@@ -37,6 +37,10 @@ class CrossEntropy(torch.autograd.Function):
     the type of x. Backward, probabilities would be exps * scale, with a scale for each part and target: exp(largest -
     logsumexp of all logits). The scale multiplies x and the products instead, which are small, and exps go into the
     products as they are. So N * V values are written once and read twice, and nothing else of that size is made.
+
+    The gradient of a target's logit is probability - 1. Where the model is sure of it, so that little is left, the 1 is
+    taken from what goes into the products, before they round; else from what comes out of them, which rounds nothing.
+    And its loss is -log(scale), for it has the largest logit: the logits have been rounded, x @ weight[target] has not.
     """
 
     VOCAB_PART = 4192  # a twelfth: parts are for the memory, their size changes the speed little (bench/head.py)
@@ -46,27 +50,38 @@ class CrossEntropy(torch.autograd.Function):
         weight = weight.to(x.dtype)
         parts = weight.split(CrossEntropy.VOCAB_PART)
         sizes = [len(x) * len(part) for part in parts]
-        exps = [e.view(len(x), -1) for e in x.new_empty(sum(sizes)).split(sizes)]  # one block of memory for all parts
+        block = x.new_empty(sum(sizes))  # of memory for all parts
+        exps = [e.view(len(x), -1) for e in block.split(sizes)]
         logits = torch.empty_like(exps[0])  # and one that each uses in turn
         largest, sums = torch.empty(2, len(parts), len(x), device=x.device)
         for i, (part, exp) in enumerate(zip(parts, exps)):
             logits = torch.mm(x, part.t(), out=logits[:, : len(part)])
             largest[i], sums[i] = compiled(shifted_exp)(logits, exp)
         log_sums = (largest + sums.log()).logsumexp(0)  # (N,)
-        ctx.save_for_backward(x, weight, targets, (largest - log_sums).exp(), *exps)
-        return (log_sums - (x.float() * weight[targets].float()).sum(1)).sum()
+        scales = (largest - log_sums).exp()
+        number = targets // CrossEntropy.VOCAB_PART  # of the target's part
+        before = number * CrossEntropy.VOCAB_PART  # tokens in the parts before it
+        width = (len(weight) - before).clamp(max=CrossEntropy.VOCAB_PART)
+        at = len(x) * before + torch.arange(len(x), device=x.device) * width + targets - before  # in the block
+        exp, scale = block[at].float(), scales.gather(0, number[None])[0]
+        is_sure = exp * scale > 0.5  # so 1 / scale, of the same order as exp, overflows nowhere
+        block[at] = torch.where(is_sure, exp - 1 / scale, exp).to(x.dtype)
+        ctx.save_for_backward(x, weight, targets, (~is_sure).float(), scales, *exps)
+        losses = log_sums - (x.float() * weight[targets].float()).sum(1)
+        return torch.where(is_sure, -scale.log(), losses).sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, targets, scales, *exps = ctx.saved_tensors
-        grad_x = weight[targets].float() * -grad
+        x, weight, targets, is_left, scales, *exps = ctx.saved_tensors
+        ones = (is_left * grad)[:, None]
+        grad_x = weight[targets].float() * -ones
         grad_weight = torch.empty_like(weight, dtype=torch.float32)
         x32 = x.t().contiguous().float()  # laid out as it is multiplied: saves a sixth of the backward pass
         parts = zip(exps, weight.split(CrossEntropy.VOCAB_PART), grad_weight.split(CrossEntropy.VOCAB_PART))
         for scale, (exp, weight_part, grad_part) in zip(scales * grad, parts):
             grad_x.addcmul_(exp @ weight_part, scale[:, None])
             grad_part.copy_(((x32 * scale).to(x.dtype) @ exp).t())  # exp as the right factor: it is not transposed
-        grad_weight.index_add_(0, targets, x.float() * -grad)
+        grad_weight.index_add_(0, targets, x.float() * -ones)
         return grad_x.to(x.dtype), grad_weight, None
 
 

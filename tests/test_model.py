@@ -403,15 +403,26 @@ def test_cross_entropy_by_parts_of_the_vocabulary_is_that_of_float64(part, scale
         assert (value - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_cross_entropy_in_bfloat16_loses_no_more_than_torchs_own(monkeypatch):
+@pytest.mark.parametrize("sure", [0.0, 0.5, 1.0], ids=["unsure", "half sure", "sure"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_cross_entropy_in_sixteen_bits_loses_no_more_than_torchs_own(dtype, sure, monkeypatch):
+    """Also where the targets have a probability of 0.99, so that the gradients are what rounding could hide."""
     generator = torch.Generator().manual_seed(4)
-    x = torch.randn(200, 32, generator=generator).bfloat16()
-    weight = torch.randn(5000, 32, generator=generator).bfloat16().float()
+    x = torch.randn(200, 32, generator=generator).to(dtype)
+    weight = torch.randn(5000, 32, generator=generator).to(dtype).float()
     targets = torch.randint(5000, (200,), generator=generator)
+    n = int(sure * len(x))
+    toward = weight[targets[:n]]
+    low, high = torch.zeros(n, 1), torch.full((n, 1), 10.0)
+    for _ in range(40):  # how far x must go toward its target
+        middle = (low + high) / 2
+        p = (middle * toward @ weight.T).softmax(1).gather(1, targets[:n, None])
+        low, high = torch.where(p < 0.99, middle, low), torch.where(p < 0.99, high, middle)
+    x[:n] = (low * toward).to(dtype)
     expected = reference_cross_entropy(x, weight, targets)
     ours = our_cross_entropy(x, weight, targets, monkeypatch, 1024)
     theirs_x, theirs_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         loss = F.cross_entropy(F.linear(theirs_x, theirs_weight), targets, reduction="sum")
     (3 * loss).backward()
     for own, their, exact in zip(ours, (loss.detach(), theirs_x.grad, theirs_weight.grad), expected):
