@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -68,7 +67,8 @@ def score_windows(
     so at lengths far below an article's the true error is larger.
     """
     ranges = [(0, seq_len), *position_ranges(seq_len)]
-    sums = np.zeros(3 + 2 * len(ranges))  # losses, hits, bytes; the windows' means in each range; their squares
+    # Losses, hits, bytes; the windows' means in each range; their squares. On the device, which nobody has to wait for.
+    sums = torch.zeros(3 + 2 * len(ranges), dtype=torch.float64, device=token_bytes.device)
     share = team.share(split.spread(seq_len, n))
     advice, out_of_memory = smaller_parts(config, share, seq_len), False
     try:
@@ -82,7 +82,7 @@ def score_windows(
                 losses = losses.double()
                 means = torch.stack([losses[:, start:end].mean(1) for start, end in ranges])  # (ranges, B)
                 totals = torch.stack([losses.sum(), is_hit.sum(), token_bytes[windows[:, 1:]].sum()])
-                sums += torch.cat([totals, means.sum(1), means.square().sum(1)]).numpy(force=True)
+                sums += torch.cat([totals, means.sum(1), means.square().sum(1)])
     except UserError:
         out_of_memory = True
     if team.heed(team.sum(team.flags(out_of_memory))):

@@ -42,7 +42,7 @@ def take_turns(args: argparse.Namespace, shapes: list[dict]) -> list[list[float]
 
 
 def exponent(sizes: list[float], seconds: list[list[float]]) -> str:
-    """The slope of log(seconds) over log(size): of the medians, and the least and most of single rounds."""
+    """The slope of log(seconds) over log(size), fitted to each round: the median, the least and the most."""
     slopes = [np.polyfit(np.log(sizes), np.log(one_round), 1)[0] for one_round in zip(*seconds)]
     return spread(slopes, ".2f")
 

@@ -15,6 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from throughput import peak_gib
+
 from config import load_config
 from curriculum import Curriculum
 from dataset import open_dataset
@@ -27,14 +29,6 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-
-
-def peak_gib(device: torch.device) -> float:
-    """Largest memory since reset_peak: what torch allocated on a GPU, what the process held on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def main() -> None:
@@ -55,7 +49,7 @@ def main() -> None:
             started = time.perf_counter()
             loss, _ = train_step(loss_of, model, optimizers, windows, config.learning_rate, config)
             seconds.append(time.perf_counter() - started)
-        graphs, peak = torch._dynamo.utils.counters["stats"]["unique_graphs"], peak_gib(device)
+        graphs, peak = torch._dynamo.utils.counters["stats"]["unique_graphs"], peak_gib(str(device))
         print(f"{number:5}  {stage.seq_len:6,}  {stage.batch_size:5}  {seconds[0]:7.1f}  {seconds[1]:8.1f}  "
               f"{stage.tokens_per_step / seconds[1]:8,.0f}  {loss:6.3f}  {peak:8.1f}  {graphs:6}", flush=True)
 

@@ -11,8 +11,8 @@ autocast with sdpa and fused AdamW. Ours is train.py's own step with curriculum9
 --optimizer=adamw, which is what the others use.
 
 Printed: tokens/s, median and spread over rounds; MFU, as a share of a large product, in the type that ours takes, timed
-between the turns (on a known GPU: of its datasheet's bf16 peak); the largest memory each process ever held; the ratio
-of each round, median, spread.
+between the turns (on a known GPU: of its datasheet's bf16 peak); the largest memory each process ever held (of a GPU:
+what torch allocated); the ratio of each round, median, spread.
 """
 
 import argparse
@@ -35,12 +35,29 @@ LENGTHS = [64, 128, 256, 512, 768, 1024, 1536, 2048]  # the nine stages' (the la
 # The programs, each in a process that takes a step whenever it is told to
 
 
-def gate(out) -> Callable[[], None]:
-    """A function to call after every step: reports the step's seconds and waits until the next is wanted."""
+def peak_gib(device: str) -> float:
+    """The largest memory so far: what torch allocated on a GPU, what the process held on a CPU."""
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def gate(out, device: str) -> Callable[[], None]:
+    """A function to call after every step: reports its seconds and the peak memory, and waits until the next is wanted.
+
+    A step has ended when the GPU has: ours would else leave its optimizers running.
+    """
+    import torch
+
     since = [time.perf_counter()]
 
     def after_step() -> None:
-        out.write(f"{time.perf_counter() - since[0]}\n")
+        if device != "cpu":
+            torch.cuda.synchronize()
+        out.write(f"{time.perf_counter() - since[0]} {peak_gib(device)}\n")
         out.flush()
         if not sys.stdin.readline():
             os._exit(0)
@@ -154,7 +171,8 @@ class Player:
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended; --verbose shows why")
-        return float(line)
+        seconds, self.peak = map(float, line.split())
+        return seconds
 
     def turn(self, steps: int) -> float:
         """Seconds per step of so many."""
@@ -167,10 +185,9 @@ class Player:
 
     def end(self) -> float:
         """The largest memory it held, in GiB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
         self.process.kill()
         self.process.wait()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+        return self.peak
 
 
 def peak_rate(device: str) -> float:
@@ -184,11 +201,11 @@ def peak_rate(device: str) -> float:
         return peak
     n = 4096 if device == "cpu" else 16384
     dtype = pick_dtype("auto", torch.device(device))
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
-        (a @ b)[0, 0].item()
+        torch.mm(a, b, out=c)[0, 0].item()
         best = min(best, time.perf_counter() - started)
     return 2 * n**3 / best
 
@@ -259,7 +276,7 @@ def main() -> None:
     if args.play:
         out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what a program prints is not taken for a report
-        return PROGRAMS[args.play](args, gate(out))
+        return PROGRAMS[args.play](args, gate(out, args.device))
 
     from curriculum import format_table
 
