@@ -11,7 +11,8 @@ data            an article is what lies between two 50256. The long ones (--long
                 their leads: articles of the same title. So what differs between seeds is the text as well
 held-out loss   windows of 2,048 targets that tile each held-out long article, so that none crosses its borders; what
                 remains of an article behind its last whole window is dropped. No rate is chosen by it. `short` scores
-                the same targets in windows of 256
+                the same targets in windows of 256, `context` in windows of several lengths: what a model loses by
+                shorter ones is what the tokens further back are worth to it
 validation loss windows of 2,048 of the dataset's own val split (many short articles): it chooses the learning rates
 budget          steps * tokens for all variants, to the nearest step: batches are of whole windows
 
@@ -35,6 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.gpt2 import GPT2, LearnedPositions, nanogpt_optimizer  # noqa: E402
+from bench.roofline import muon_flops  # noqa: E402
 from config import Config, curriculum9  # noqa: E402
 from curriculum import Curriculum, format_table, learning_rate  # noqa: E402
 from dataset import Split, open_dataset  # noqa: E402
@@ -60,12 +62,14 @@ BASE = {
     "seeds": True,  # more than one
 }
 # Some have "beta2", of nanoGPT's AdamW, for 0.95; "score_len", the windows that a score cuts (a divisor of LAST_LEN),
-# for LAST_LEN; or "cooldown", the last part's share, for a fifth.
+# for LAST_LEN; "cuts", further lengths at which the last model is scored; or "cooldown", the last part's share, for a
+# fifth.
 # A grid of factors of two for all, of which each variant has a part.
 NANOGPT = {"model": "gpt2", "optimizer": "adamw", "decay": "cosine", "lrs": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
 LONGER = {"size": (2, 128), "share": 10.0, "lrs": (4e-3,)}
 SHORT = {"lengths": 256, "score_len": 256, "seeds": False}
 DOUBLING = {"lengths": "doubling", "watch": True, "lrs": (4e-3,)}
+CONTEXT = {"cuts": (64, 256, 512), "lrs": (4e-3,), "seeds": False}
 
 EXPERIMENTS = {
     # From nanoGPT's recipe to ours: its model, decay and second moment's memory; the optimizer; the lengths. Then ours
@@ -108,6 +112,15 @@ EXPERIMENTS = {
         "2 x 128": {"size": (2, 128), "lrs": (2e-3, 4e-3, 8e-3, 16e-3), "seeds": False},
         "4 x 256": {"size": (4, 256), "seeds": False},
         "8 x 512": {"size": (8, 512), "seeds": False},
+    },
+    # Does a model use its context? The same targets with less and less before them. The rate is what `lengths` found.
+    "context": {
+        "2,048": CONTEXT | {"lengths": 2048},
+        "512": CONTEXT | {"lengths": 512},
+        "256": CONTEXT | {"lengths": 256},
+        "64": CONTEXT | {"lengths": 64},
+        "the table's lengths": CONTEXT,
+        "doubling": CONTEXT | {"lengths": "doubling"},
     },
     # Ten times the tokens, of a smaller model: is context used by then, and what is growing worth?
     "longer": {
@@ -309,6 +322,10 @@ def train_run(run: dict, args: argparse.Namespace) -> dict:
     def score(windows: np.ndarray, seq_len: int = score_len) -> np.ndarray:
         return token_losses(score_of, windows, seq_len, device, config)
 
+    def by_article(losses: np.ndarray) -> list[list]:
+        """Rows (number, targets, mean loss)."""
+        return [[int(n), losses[owners == n].size, float(losses[owners == n].mean())] for n in np.unique(owners)]
+
     due = {round(max_steps * i / POINTS) for i in range(POINTS + 1)}
     points, changes, took, flops, skipped = [], [], [], 0.0, 0
     for step in range(max_steps + 1):
@@ -333,6 +350,7 @@ def train_run(run: dict, args: argparse.Namespace) -> dict:
         loss, norm = train_step(loss_of, model, optimizers, windows, lr, config)
         took.append(time.perf_counter() - started)
         flops += stage.tokens_per_step * flops_per_token(model, stage.seq_len)
+        flops += muon_flops(model.config) if run["optimizer"] == "muon" else 0
         skipped += not (math.isfinite(loss) and math.isfinite(norm))
 
     # A token counts as the middle one of its stage, or of the stage's first steps and those after them if it is short:
@@ -351,7 +369,8 @@ def train_run(run: dict, args: argparse.Namespace) -> dict:
         "run": run, "stages": stages, "skipped": skipped, "points": points, "changes": changes,
         "loss": float(losses.mean()), "val_loss": float(score(val).mean()),
         "own_len": own_len, "own_loss": float(own.mean()),
-        "articles": [[int(n), losses[owners == n].size, float(losses[owners == n].mean())] for n in np.unique(owners)],
+        "articles": by_article(losses),
+        "cuts": [[seq_len, by_article(score(held_out, seq_len))] for seq_len in run.get("cuts", ())],
         "positions": [[a, b, float(by_position[:, a:b].mean())] for a, b in zip(edges, edges[1:])],
         "params": sum(weight.numel() for weight in model.parameters()), "torch": torch.__version__,
         "device": device_name(device),
@@ -364,7 +383,7 @@ def train_run(run: dict, args: argparse.Namespace) -> dict:
 
 
 def settings(variant: dict, lr: float | None, seed: int, args: argparse.Namespace) -> dict:
-    """All that decides a run's outcome."""
+    """All that decides a run's outcome but for rounding: with dtype 'auto' the type is the device's."""
     run = BASE | variant | {"lr": lr, "seed": seed, "data": Path(args.data_dir).name}
     run |= {key: getattr(args, key) for key in ("steps", "tokens", "folds", "long", "windows", "few", "dtype")}
     run["size"] = list(run["size"] or (args.n_layer, args.n_embd))

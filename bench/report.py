@@ -8,13 +8,17 @@ is done is shown. Of each variant the runs at the learning rate that validation 
 held-out loss   of the long articles, windows of 2,048 (`short`: 256), all seeds' targets together; +- is its standard
                 error over the articles. Seeds hold out different articles, so the range over seeds is of texts, too
 difference      to the first variant, on the same articles: its standard error over the articles of all seeds, and its
-                range over the seeds, are what tells two variants apart
+                range over the seeds, are what tells two variants apart. Articles of one seed share a model, so where
+                the seeds disagree the error is too small
+FLOPs           the model's, and Muon's own
 at equal ...    the difference to the first variant on a few windows, interpolated between a run's points, where the
                 cheapest whole run ends. A learning rate that has not fallen yet costs a run that goes on behind that
                 point. Compare times only where they differ by more than a tenth: the machine does by itself. None is
                 given for runs on another kind of device than the first variant's
 
-By position and in pictures stand the variants with the most seeds, for others speak of other texts.
+A later position is harder text besides having more before it, for windows begin where an article does. So what
+context is worth stands in the table of `context`, not in that of positions. By position and in pictures stand the
+variants with the most seeds, for others speak of other texts.
 """
 
 import sys
@@ -30,7 +34,7 @@ from curriculum import short  # noqa: E402
 from errors import CommandLine, UserError, user_errors  # noqa: E402
 
 AXES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
-COLORS = ["black", "#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00", "#56b4e9", "#999999", "#7f3c8d"]
+COLORS = ["black", "#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00", "#56b4e9", "#999999", "#7f3c8d", "#b07d3a"]
 
 # --------------------------------------------------------------------------------------------------------------------
 # Numbers
@@ -50,6 +54,12 @@ def article_mean(rows: list[tuple[float, float]]) -> tuple[float, float]:
 
 def held_out(results: dict[int, dict]) -> tuple[float, float]:
     return article_mean([(n, loss) for result in results.values() for _, n, loss in result["articles"]])
+
+
+def over_seeds(results: dict[int, dict], values: list) -> np.ndarray:
+    """The mean of the seeds' mean losses (scalars or rows) over all their targets."""
+    targets = [sum(n for _, n, _ in result["articles"]) for result in results.values()]
+    return np.average(values, axis=0, weights=targets)
 
 
 def difference(results: dict[int, dict], first: dict[int, dict]) -> tuple[float, float, list[float]]:
@@ -129,7 +139,7 @@ def main_table(found: dict[str, dict[int, dict]], name: str) -> str:
         row += [f"{delta:+.3f} ± {delta_error:.3f}" if mine is not first and per_seed else ""]
         row += [f"{min(per_seed):+.3f} to {max(per_seed):+.3f}" if mine is not first and per_seed else ""]
         row += [f"{np.mean([r['val_loss'] for r in mine.values()]):.3f}"]
-        row += [f"{np.mean([r['own_loss'] for r in mine.values()]):.3f} ({mine[0]['own_len']:,})"]
+        row += [f"{over_seeds(mine, [r['own_loss'] for r in mine.values()]):.3f} ({mine[0]['own_len']:,})"]
         for axis in AXES:
             least = min((result["points"][-1][axis] for result in whole), default=np.nan)
             ahead = [loss_at(mine[s], axis, least) - loss_at(first[s], axis, least) for s in shared(mine, first, axis)]
@@ -152,7 +162,8 @@ def reach_table(found: dict[str, dict[int, dict]]) -> str:
             ends = [first[seed]["points"][-1] for seed in seeds]
             ratios = sorted(spent_to_reach(mine[s], axis, end["loss"]) / end[axis] for s, end in zip(seeds, ends))
             said = ["never" if np.isinf(ratio) else f"{ratio:.2f}" for ratio in ratios]
-            row.append(f"{said[len(said) // 2]} ({said[0]} to {said[-1]})" if said else "")
+            between = f"{said[0]} to {said[-1]}" if len(said) > 1 else "one seed"
+            row.append(f"{said[len(said) // 2]} ({between})" if said else "")
         rows.append(row)
     return f"Spent until the final loss of {name}, as a multiple of what it took:\n\n" + markdown(
         ["variant", *AXES.values()], rows)  # fmt: skip
@@ -161,10 +172,28 @@ def reach_table(found: dict[str, dict[int, dict]]) -> str:
 def position_table(found: dict[str, dict[int, dict]]) -> str:
     """Held-out loss by the target's position in its window."""
     columns = next(iter(found.values()))[0]["positions"]
-    means = {variant: np.mean(positions(mine), axis=0) for variant, mine in found.items()}
+    means = {variant: over_seeds(mine, positions(mine)) for variant, mine in found.items()}
     rows = [[variant, *(f"{loss:.3f}" for loss in losses)] for variant, losses in means.items()]
     return "Held-out loss by position in the window:\n\n" + markdown(
         ["variant", *(f"{a:,}-{b:,}" for a, b, _ in columns)], rows)  # fmt: skip
+
+
+def context_table(found: dict[str, dict[int, dict]]) -> str:
+    """Held-out loss with windows cut shorter and shorter, and what the cuts cost, +- over the articles (one seed)."""
+    result = next(iter(found.values()))[0]
+    lengths, whole_len = [seq_len for seq_len, _ in result["cuts"]], result["positions"][-1][1]
+    rows = []
+    for variant, mine in found.items():
+        whole = mine[0]["articles"]
+        row = [variant, *(f"{article_mean([(n, loss) for _, n, loss in cut])[0]:.3f}" for _, cut in mine[0]["cuts"])]
+        row.append(f"{held_out(mine)[0]:.3f}")
+        for _, cut in mine[0]["cuts"]:
+            gain, error = article_mean([(n, loss - other) for (_, n, loss), (_, _, other) in zip(cut, whole)])
+            row.append(f"{gain:+.3f} ± {error:.3f}")
+        rows.append(row)
+    header = ["variant", *(f"in windows of {n:,}" for n in lengths), f"of {whole_len:,}"]
+    header += [f"lost by the cut to {n:,}" for n in lengths]
+    return "The same targets in windows cut shorter:\n\n" + markdown(header, rows)
 
 
 def with_most_seeds(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
@@ -260,9 +289,10 @@ def draw(found: dict[str, dict[int, dict]], name: str, args, to: Path) -> None:
             own[0].plot(lrs, [result["val_loss"] for result in results], **style)
             own[0].set(xscale="log", xlabel="learning rate", ylabel="validation loss")
         else:
-            own[0].plot([b for _, b, _ in mine[0]["positions"]], np.mean(positions(mine), axis=0), **style)
+            own[0].plot([b for _, b, _ in mine[0]["positions"]], over_seeds(mine, positions(mine)), **style)
             own[0].set(xscale="log", xlabel="position in the window, up to", ylabel="held-out loss")
     for what, panel in zip(AXES.values(), panels):
+        what += ", on the first's kind of device alone" * (what == "seconds")
         panel.set(xlabel=what, ylabel="held-out loss", ylim=(min(late) - 0.1, max(late) + 0.1))
     for panel in [*panels, *own]:
         panel.grid(color="#d0d0d0")
@@ -323,6 +353,8 @@ def section(name: str, args) -> str:
         text += "\n" + size_table(found, name, args)
     if name == "changes":
         text += "\n" + change_table(found)
+    if name == "context":
+        text += "\n" + context_table(found)
     if args.pictures:
         draw(with_most_seeds(found), name, args, Path(args.pictures) / f"recipe_{name}.png")
         text += f"\n![{name}](recipe_{name}.png)\n"

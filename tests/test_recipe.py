@@ -11,6 +11,7 @@ import torch
 
 from bench import recipe, report
 from bench.gpt2 import GPT2
+from config import curriculum9
 from curriculum import Curriculum
 from model import GPTConfig
 
@@ -84,6 +85,64 @@ def test_gpt2_starts_as_nanogpt_does():
         expected = 0.02 / 4 if name.endswith("_proj.weight") else 0.02
         assert weight.std().item() == pytest.approx(expected, rel=0.02) if weight.ndim == 2 else (weight == 1).all()
     assert sum(weight.numel() for weight in model.parameters()) == 8 * (12 * 256**2 + 2 * 256) + (50304 + 65) * 256
+
+
+def nanogpt_lr(step: int) -> float:
+    """As nanoGPT's train.py has it, for 40 steps of which 4 are warmup (there of 5 steps to the peak)."""
+    return 1e-4 + 0.5 * (1 + math.cos(math.pi * (max(step, 4) - 4) / (40 - 4))) * (1e-3 - 1e-4)
+
+
+def table_lr(step: int) -> float:
+    """The factor of the row of curriculum9 that the middle of this step falls into, by its share of the tokens."""
+    tokens = [(end[0] - row[0]) * row[1] * row[2]
+              for row, end in zip(curriculum9.stages, [*curriculum9.stages[1:], [100_000]])]  # fmt: skip
+    return 1e-3 * curriculum9.stages[np.searchsorted(np.cumsum(tokens), sum(tokens) * (step + 0.5) / 40)][3]
+
+
+@pytest.mark.parametrize("variant, expected", [
+    (recipe.NANOGPT | {"lengths": 2048}, nanogpt_lr),
+    ({"lengths": 2048}, lambda step: 1e-3 * min(1, (40 - step) / 36)),
+    ({"lengths": 2048, "decay": "constant"}, lambda step: 1e-3),
+    ({"lengths": 2048, "decay": "cooled"}, lambda step: table_lr(step) * min(1, (40 - step) / 7)),
+    ({"lengths": 2048, "decay": "table"}, table_lr),
+    ({"lengths": "doubling", "decay": "constant", "at_change": "warm"},
+     lambda step: 1e-3 * min(1, (step % 10 + 1) / 10 if step >= 10 else 1)),
+], ids=["nanoGPT", "linear", "constant", "cooled", "table", "warm"])  # fmt: skip
+def test_learning_rates_are_what_the_variants_say(variant, expected, sample_dir, monkeypatch):
+    lrs = []
+    monkeypatch.setattr(recipe, "train_step", lambda *arguments: lrs.append(arguments[4]) or (1.0, 1.0))
+    monkeypatch.setattr(recipe, "POINTS", 1)
+    args = argparse.Namespace(**vars(SMALL) | {"steps": 40}, data_dir=str(sample_dir))
+    recipe.train_run(recipe.settings(variant, 1e-3, 0, args), args)
+    assert lrs == pytest.approx([min(1, (step + 1) / 4) * expected(step) for step in range(40)])
+
+
+def test_moments_are_forgotten_at_each_change_of_length_if_told_so(sample_dir, monkeypatch):
+    known = []
+
+    def train_step(loss_of, model, optimizers, windows, lr, config):
+        known.append([len(optimizer.state) for optimizer in optimizers])
+        for optimizer in optimizers:
+            optimizer.state[len(known)] = "a moment"
+        return 1.0, 1.0
+
+    monkeypatch.setattr(recipe, "train_step", train_step)
+    args = argparse.Namespace(**vars(SMALL) | {"steps": 8}, data_dir=str(sample_dir))
+    for at_change, expected in (("", range(8)), ("reset", [0, 1] * 4)):
+        known.clear()
+        recipe.train_run(recipe.settings({"lengths": "doubling", "at_change": at_change}, 1e-3, 0, args), args)
+        assert known == [[n, n] for n in expected]
+
+
+def test_nanogpts_optimizer_decays_what_has_two_dimensions():
+    model = GPT2(GPTConfig(2, 2, 32), 24)
+    names = {weight: name for name, weight in model.named_parameters()}
+    optimizer = recipe.nanogpt_optimizer(model, 0.95)
+    decays = {names[weight]: group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
+    assert set(decays) == set(names.values()) and {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    assert {name for name, decay in decays.items() if decay == 0} == {
+        "norm.weight", *(f"blocks.{i}.ln_{j}.weight" for i in (0, 1) for j in (1, 2))}  # fmt: skip
+    assert set(decays.values()) == {0, 0.1}
 
 
 def test_every_variant_has_the_same_budget():
@@ -171,8 +230,10 @@ def test_a_run_from_the_articles_to_the_report(sample_dir, tmp_path, monkeypatch
     assert result["points"][0]["loss"] == pytest.approx(math.log(50304), abs=0.1)
     assert result["points"][-1]["loss"] < result["points"][0]["loss"]
     price = GPTConfig(1, 1, 32).flops_per_token
+    # Muon's: five rounds; in each X X', of m * m * n multiplications, its square, and that times X. H is 64.
+    muon = 2 * 5 * sum(2 * m * m * n + m**3 for m, n in [(32, 32)] * 4 + [(32, 64)] * 3)
     assert [point["tokens"] for point in result["points"]] == [0, 4096, 8192]
-    assert result["points"][-1]["flops"] == sum(2048 * price(seq_len) for seq_len in (256, 512, 1024, 2048))
+    assert result["points"][-1]["flops"] == sum(2048 * price(seq_len) + muon for seq_len in (256, 512, 1024, 2048))
     assert [(c["step"], c["from"], c["to"], len(c["after"])) for c in result["changes"]] == [
         (1, 256, 512, 1), (2, 512, 1024, 1), (3, 1024, 2048, 2)]  # fmt: skip
     assert sum(n for _, n, _ in result["articles"]) == 2 * 2048 and len(result["articles"]) == 2
@@ -198,6 +259,21 @@ def test_short_windows_are_scored_as_such(sample_dir, tmp_path):
     assert [(a, b) for a, b, _ in at_256["positions"]] == [(0, 64), (64, 128), (128, 256)]
     over_positions = sum((b - a) * loss for a, b, loss in at_256["positions"]) / 256
     assert at_256["loss"] == pytest.approx(over_positions)
+
+
+def test_a_cut_window_is_scored_as_one_of_that_length(sample_dir, tmp_path, monkeypatch):
+    """What a run says of a cut to its own length is what it says of that length; the table has the differences."""
+    args = argparse.Namespace(**vars(SMALL) | {"steps": 1}, data_dir=str(sample_dir), results=str(tmp_path))
+    variant = recipe.CONTEXT | {"lengths": 256, "cuts": (64, 256)}
+    run = recipe.settings(variant, 4e-3, 0, args)
+    result = recipe.train_run(run, args)
+    (_, shorter), (_, own) = result["cuts"]
+    assert report.article_mean([row[1:] for row in own])[0] == pytest.approx(result["own_loss"])
+    assert [row[:2] for row in shorter] == [row[:2] for row in result["articles"]]
+    recipe.result_path(run, args).write_text(json.dumps(result))
+    monkeypatch.setitem(recipe.EXPERIMENTS, "context", {"one": variant})
+    cost = np.average([row[2] for row in shorter], weights=[row[1] for row in shorter]) - result["loss"]
+    assert f" {cost:+.3f} ± " in report.section("context", argparse.Namespace(**vars(args), pictures=None))
 
 
 def result_of(loss, spent: dict[str, list[float]], articles: list[tuple[int, float]]) -> dict:
