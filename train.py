@@ -196,11 +196,12 @@ def set_up(
     shapes          symbols, on both: a graph serves many shapes, on a CPU the whole table (compile_block). Sizes that
                     happen to be equal do not become one symbol (with duck shaping, 128 windows of 128 would compile
                     anew). A GPU may need up to 12 graphs, where torch would give up at 8
-    CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work
+    CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work,
+                    but for Muon's, a matrix at a time: some 2,000 at GPT-2 size, which a fast GPU may wait for
     attention       on a GPU not cuDNN's kernel, which torch prefers on an H100: it makes a plan for each new shape
-    loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type, 1.6 GB for 16,384
-                    tokens, and nothing else of that size. torch's own takes 1.65 times as long on a CPU, and
-                    F.linear_cross_entropy twice as long (bench/head.py)
+    loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type (1.6 GB for 16,384
+                    tokens in bfloat16), and nothing else of that size. On a CPU torch's own takes 1.65 times as long
+                    with AMX and 1.05 without, F.linear_cross_entropy 3 to 4 times (bench/head.py)
     optimizers      fused AdamW, on both
     copies          pinned and not waited for, to a GPU (to_device)
     determinism     on a CPU, where it costs nothing measurable as long as fresh memory is not filled with NaN first
@@ -241,6 +242,7 @@ def train(config: Config, team: Processes | None = None) -> int:
                             f"{curriculum.max_len}")  # fmt: skip
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
+        config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))  # what 'auto' was, for a resume
         dataset = open_dataset(config.data_dir, curriculum.max_len)
         if dataset.meta["tokenizer"]["vocab_size"] > GPTConfig.vocab_size:
             raise UserError(f"{config.data_dir} has a vocabulary of {dataset.meta['tokenizer']['vocab_size']:,} "
@@ -272,6 +274,8 @@ def train(config: Config, team: Processes | None = None) -> int:
         step, time_s, best = state["step"], state["time_s"], Best(*state["best"])
         kept_eval, best_step = state["kept_eval"], step if state["is_best"] else None
         print(f"going on from step {step:,} of {out_dir}")
+        if (was := state["config"]["dtype"]) != config.dtype:
+            print(f"from here on in {config.dtype}, where it was {was}: --dtype={was} goes on exactly")
     saved_step = step if state and state["same"] else None
     state = None  # its tensors were copied
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

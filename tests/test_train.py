@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from conftest import FEW, ROOT, SMALL, as_qwen3, assert_same_run, count_lines, read_log
 
 import train
+from checkpoint import load_checkpoint
 from config import Config
 from curriculum import Curriculum
 from model import GPT, GPTConfig
@@ -276,6 +278,21 @@ def test_a_run_made_longer_keeps_an_evaluation_where_it_ended(tmp_path, small_di
                                        ("NVIDIA GH200 480GB", None), ("NVIDIA H100 PCIe", None)])  # fmt: skip
 def test_a_peak_is_known_of_the_very_card(gpu, peak):
     assert train.peak_flops(gpu) == peak
+
+
+def test_a_run_that_goes_on_in_another_type_than_it_began_with_says_so(config_file, monkeypatch, capsys):
+    """'auto' is bfloat16 on one machine and float32 on the next: what it was is in the checkpoint."""
+    keys = {}
+    exec(config_file.read_text(), keys)
+    keys = {key: value for key, value in keys.items() if key in Config.__dataclass_fields__} | {"dtype": "auto"}
+    said = []
+    for amx, max_steps in [(True, 6), (True, 7), (False, 8), (False, 9)]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})  # noqa: B023
+        assert train.train(Config(**keys | {"max_steps": max_steps, "resume": True})) == 0
+        said += [line for line in capsys.readouterr().out.splitlines() if "from here on" in line]
+        saved = load_checkpoint(Path(keys["out_dir"]) / "last.pt")
+        assert saved["config"]["dtype"] == ("bfloat16" if amx else "float32")
+    assert said == ["from here on in float32, where it was bfloat16: --dtype=bfloat16 goes on exactly"]
 
 
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(config_file, run_program):
