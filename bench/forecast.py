@@ -9,17 +9,18 @@ have them.
 The curve   validation loss on FineWeb of a 124M model with rotary positions, QK-norm and Muon, windows of 1,024, a
             rate that is constant up to step 3,650 and then falls to 0 at 5,100, when the loss is 3.2760: the log
             8d6193f4 in records/track_1_short/2024-10-29_Optimizers of github.com/KellerJordan/modded-nanogpt. Fitted:
-            loss = E + A * tokens^-b over its constant part from step 500 on. Its batches are 32 times ours; for GPT-2
-            size and 2.5B tokens, batches of 1 and of 512 windows reach similar losses when tuned (Marek et al. 2025)
+            loss = E + A * tokens^-b over its constant part from step 500 on, 262M to 1,835M tokens: below that it is
+            extrapolated. Its batches are 32 times ours; for GPT-2 size and 2.5B tokens, batches of 1 and of 512 windows
+            reach similar losses when tuned (Marek et al. 2025)
 Its kin     the same with AdamW in Muon's place ends at 3.3406 (log 95a9fd44 beside it); with a plainer recipe AdamW
             needs 5.0B tokens for 3.276 (2024-06-06_AdamW), llm.c 10.3B for 3.272 (2024-10-13_llmc). A variant with
             further changes got 3.286 out of 0.92B tokens on one RTX 4090, at 130,000 to 140,000 tokens/s
             (huggingface.co/DevParker/NanoGPT-124m-In-A-Cave-With-A-Box-Of-Scraps)
 Ours        is much like the curve's recipe, so perhaps nothing is to be added. Or one goes by nanoGPT's, which is
-            llm.c's: with the table's lengths ours needs 0.38 of its tokens for its loss on small models
-            (bench/RESULTS.md), and if it does at this size, 3.272 comes later than in the curve. The forecast is half
-            way between the two. Nothing is added for having trained on other lengths: small models, which use no
-            context, do not say what that gains at this size
+            llm.c's: with the table's lengths and a linear fall ours needs 0.38 of its tokens for its loss on small
+            models (bench/RESULTS.md), and if it does at this size, 3.272 comes later than in the curve. The forecast is
+            half way between the two. Nothing is added for having trained on other lengths: small models that have seen
+            0.6M tokens do not say what that gains at this size
 Length      of the windows that are scored: 0.10 ± 0.05 more for each halving below 1,024, and 0.03 ± 0.03 less at
             2,048. Both are chosen, for no figure was found
 Wikipedia   no curve of such a model on Wikipedia was found. OpenAI's GPT-2 of this size has 3.29 on FineWeb-Edu
@@ -46,7 +47,7 @@ CURVE = {500: 3.8996, 750: 3.7604, 1000: 3.6764, 1250: 3.6194, 1500: 3.5762, 175
          2500: 3.4738, 2750: 3.4559, 3000: 3.4424, 3250: 3.4269, 3500: 3.4145}  # fmt: skip
 END = (5100, 3.2760)
 NANOGPT = (10_300, 3.272)  # what llm.c needs, in millions of tokens, for what loss
-RATIO = 0.38  # of nanoGPT's tokens that ours needs for its final loss: bench/RESULTS.md, "nanogpt"
+RATIO = 0.38  # of nanoGPT's tokens that ours, falling linearly, needs for its final loss: bench/RESULTS.md, "nanogpt"
 
 WIKIPEDIA = (-0.2, 0.2)  # against FineWeb; see above
 LENGTH = (0.1, 0.05)  # for each halving of the window below 1,024: chosen, no figure was found

@@ -127,7 +127,7 @@ def main() -> None:
             few = [] if "evaluation" in what else ["--eval_tokens=1"]
             seconds = first_step(argv + few, env, Path(folder) / what)
             print(f"{what}: {seconds:.1f} s from the start of train.py to its first step", flush=True)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cache of its own"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/own_cache"  # with a space in it torch could not compile
         started = time.perf_counter()
         stage_costs(argv)
         print(f"all of that, with all compilation cold: {time.perf_counter() - started:.0f} s")
