@@ -185,7 +185,7 @@ def context_table(found: dict[str, dict[int, dict]]) -> str:
     rows = []
     for variant, mine in found.items():
         whole = mine[0]["articles"]
-        row = [variant, *(f"{article_mean([(n, loss) for _, n, loss in cut])[0]:.3f}" for _, cut in mine[0]["cuts"])]
+        row = [variant, *(f"{article_mean([article[1:] for article in cut])[0]:.3f}" for _, cut in mine[0]["cuts"])]
         row.append(f"{held_out(mine)[0]:.3f}")
         for _, cut in mine[0]["cuts"]:
             gain, error = article_mean([(n, loss - other) for (_, n, loss), (_, _, other) in zip(cut, whole)])
@@ -284,6 +284,10 @@ def draw(found: dict[str, dict[int, dict]], name: str, args, to: Path) -> None:
                 panel.plot([offset for offset, _ in changes[0]["after"]], rise, **style)
                 panel.set(xscale="symlog", xlabel=f"steps after {changes[0]['from']:,} to {changes[0]['to']:,}",
                           ylabel="loss at the new length\nminus that at the old one before")  # fmt: skip
+        elif name == "context":
+            cuts = [(seq_len, article_mean([article[1:] for article in cut])[0]) for seq_len, cut in mine[0]["cuts"]]
+            own[0].plot(*zip(*cuts, (mine[0]["positions"][-1][1], held_out(mine)[0])), **style)
+            own[0].set(xscale="log", xlabel="in windows of", ylabel="held-out loss")
         elif name == "sizes":
             lrs, results = zip(*grid_of(EXPERIMENTS[name][variant], args).items())
             own[0].plot(lrs, [result["val_loss"] for result in results], **style)

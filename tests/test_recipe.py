@@ -273,7 +273,8 @@ def test_a_cut_window_is_scored_as_one_of_that_length(sample_dir, tmp_path, monk
     recipe.result_path(run, args).write_text(json.dumps(result))
     monkeypatch.setitem(recipe.EXPERIMENTS, "context", {"one": variant})
     cost = np.average([row[2] for row in shorter], weights=[row[1] for row in shorter]) - result["loss"]
-    assert f" {cost:+.3f} ± " in report.section("context", argparse.Namespace(**vars(args), pictures=None))
+    assert f" {cost:+.3f} ± " in report.section("context", argparse.Namespace(**vars(args), pictures=str(tmp_path)))
+    assert (tmp_path / "recipe_context.png").stat().st_size > 10_000
 
 
 def result_of(loss, spent: dict[str, list[float]], articles: list[tuple[int, float]]) -> dict:
