@@ -18,8 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from throughput import spread
-
+from bench.throughput import spread
 from curriculum import format_table
 from loss import CrossEntropy, cross_entropy
 from model import GPTConfig
@@ -30,14 +29,15 @@ VOCAB = GPTConfig.vocab_size
 
 @torch.no_grad()
 def make_sure(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
-    """Sets every other x to so much of its target's weights that the target has a probability of 0.99."""
-    toward = weight[targets[::2]]
-    low, high = torch.zeros(len(toward), 1, device=x.device), torch.full((len(toward), 1), 1e4, device=x.device)
+    """Sets each x to so much of its target's weights that the target has a probability of 0.99 (or a logit of 50)."""
+    toward = weight[targets]
+    high = 50 / toward.square().sum(1, keepdim=True)  # makes its logit 50
+    low = torch.zeros_like(high)
     for _ in range(40):
         middle = (low + high) / 2
-        p = (middle * toward @ weight.T).softmax(1).gather(1, targets[::2, None])
+        p = (middle * toward @ weight.T).softmax(1).gather(1, targets[:, None])
         low, high = torch.where(p < 0.99, middle, low), torch.where(p < 0.99, high, middle)
-    x[::2] = low * toward
+    x.copy_(low * toward)
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
 
     for targets_are in ("by chance", "half of them sure"):
         if targets_are != "by chance":
-            make_sure(x, weight, targets)
+            make_sure(x.detach()[::2], weight, targets[::2])
         # What both are given, rounded: how far off they are is then their own doing.
         exact_x, exact_weight = (value.detach().to(dtype).double().requires_grad_() for value in (x, weight))
         exact_loss = F.cross_entropy(exact_x @ exact_weight.T, targets, reduction="sum")

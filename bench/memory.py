@@ -53,8 +53,7 @@ def measure(size: str, tokens: int, device_name: str) -> float:
 def play(size: str, tokens: int, device_name: str) -> None:
     import numpy as np
     import torch
-    from steps import reset_peak
-    from throughput import peak_gib
+    from throughput import peak_gib, reset_peak
 
     from config import load_config
     from train import pick_device, set_up, train_step
@@ -67,7 +66,7 @@ def play(size: str, tokens: int, device_name: str) -> None:
     gpt, optimizers, loss_of, _ = set_up(config, SEQ_LEN, device, torch.bfloat16)
     windows = np.random.default_rng(0).integers(50257, size=(tokens // SEQ_LEN, SEQ_LEN + 1))
     for _ in range(2):  # the moments are made in the first
-        reset_peak(device)
+        reset_peak(device_name)
         train_step(loss_of, gpt, optimizers, windows, 6e-4, config)
     print(peak_gib(device_name) - (before if device.type == "cpu" else 0))
 

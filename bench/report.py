@@ -16,7 +16,7 @@ at equal ...    the difference to the first variant on a few windows, interpolat
                 point. Compare times only where they differ by more than a tenth: the machine does by itself. None is
                 given for runs on another kind of device than the first variant's
 
-A later position is harder text besides having more before it, for windows begin where an article does. So what
+A later position is harder text besides having more before it, for many windows begin where an article does. So what
 context is worth stands in the table of `context`, not in that of positions. By position and in pictures stand the
 variants with the most seeds, for others speak of other texts.
 """

@@ -15,20 +15,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from throughput import peak_gib
+from throughput import peak_gib, reset_peak
 
 from config import load_config
 from curriculum import Curriculum
 from dataset import open_dataset
 from errors import user_errors
 from train import pick_device, pick_dtype, set_up, train_step
-
-
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
 
 
 def main() -> None:
@@ -42,7 +35,7 @@ def main() -> None:
           f"{torch.get_num_threads()} threads, parts of {config.micro_batch_tokens:,} tokens")  # fmt: skip
     print("stage  length  batch  first s  second s  tokens/s    loss  peak GiB  graphs")
     for number, stage in enumerate(curriculum.stages, 1):
-        reset_peak(device)
+        reset_peak(str(device))
         seconds = []
         for step in (stage.start, stage.start + 1):
             windows = dataset.train.random_windows(stage.seq_len, stage.batch_size, config.seed, step)

@@ -35,8 +35,17 @@ LENGTHS = [64, 128, 256, 512, 768, 1024, 1536, 2048]  # the nine stages' (the la
 # The programs, each in a process that takes a step whenever it is told to
 
 
+def reset_peak(device: str) -> None:
+    import torch
+
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+
+
 def peak_gib(device: str) -> float:
-    """The largest memory so far: what torch allocated on a GPU, what the process held on a CPU."""
+    """The largest memory so far, or since reset_peak: what torch allocated on a GPU, what the process held on a CPU."""
     import torch
 
     if device != "cpu":

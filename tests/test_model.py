@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from bench.head import make_sure
 from loss import CrossEntropy
 from model import GPT, Attention, GPTConfig, RMSNorm
 
@@ -412,13 +413,7 @@ def test_cross_entropy_in_sixteen_bits_loses_no_more_than_torchs_own(dtype, sure
     weight = torch.randn(5000, 32, generator=generator).to(dtype).float()
     targets = torch.randint(5000, (200,), generator=generator)
     n = int(sure * len(x))
-    toward = weight[targets[:n]]
-    low, high = torch.zeros(n, 1), torch.full((n, 1), 10.0)
-    for _ in range(40):  # how far x must go toward its target
-        middle = (low + high) / 2
-        p = (middle * toward @ weight.T).softmax(1).gather(1, targets[:n, None])
-        low, high = torch.where(p < 0.99, middle, low), torch.where(p < 0.99, high, middle)
-    x[:n] = (low * toward).to(dtype)
+    make_sure(x[:n], weight, targets[:n])
     expected = reference_cross_entropy(x, weight, targets)
     ours = our_cross_entropy(x, weight, targets, monkeypatch, 1024)
     theirs_x, theirs_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
