@@ -309,7 +309,7 @@ def find_files(inputs: list[str]) -> list[Path]:
         if not os.path.isfile(path) or not os.access(path, os.R_OK):
             raise UserError(f"{path}: not a file that can be read")
         if kind_of(path) is None:
-            raise UserError(f"{path}: of no known kind, which are .jsonl, .parquet, .txt, .xml, with .gz or .bz2")
+            raise UserError(f"{path}: of no known kind, which are .jsonl (.gz, .bz2), .parquet, .txt, .xml (.bz2)")
     return list({path.resolve(): path for path in found}.values())
 
 

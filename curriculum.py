@@ -23,7 +23,7 @@ from dataset import open_dataset
 from errors import UserError, user_errors
 from model import GPTConfig
 
-# The corpus that the table was planned for; the plan is printed for it where there is no dataset.
+# The corpus that the table was planned for; the plan is printed for it if no --data_dir is given.
 PLANNED_ARTICLES, PLANNED_TOKENS = 225_870, 874_000_000  # to train on, without the 5 % held out
 
 # Dense bf16 tensor-core peaks with float32 accumulation, FLOP/s, from the makers' datasheets (NVIDIA Ada and Ampere
@@ -171,10 +171,9 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: s
 
     def so_far(step: int) -> tuple[int, int, float, float]:
         """Examples, tokens, FLOPs and hours of the first `step` steps."""
-        done = [(s, max(0, min(step, s.end) - s.start)) for s in curriculum.stages]
-        flops = [n * s.tokens_per_step * model.flops_per_token(s.seq_len) for s, n in done]
-        hours = [hours_of(n * s.tokens_per_step, f) for (s, n), f in zip(done, flops)]
-        return sum(n * s.batch_size for s, n in done), curriculum.tokens_before(step), sum(flops), sum(hours)
+        stages = Curriculum(config.stages, step).stages
+        trained, flops = sum(s.tokens for s in stages), sum(s.tokens * model.flops_per_token(s.seq_len) for s in stages)
+        return sum(s.examples for s in stages), trained, flops, hours_of(trained, flops)
 
     def ppl(step: int) -> str:
         expected = expected_ppl(config.plan_ppl, step)
@@ -202,8 +201,8 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: s
             if end > curriculum.max_steps:
                 print(f"Never finished with max_steps={curriculum.max_steps}: {name}, to step {end:,}")
                 continue
-            examples, trained, flops, hours = so_far(end)
-            rows.append([name, f"{end:,}", f"{hours:,.3g}", f"{examples:,}", f"{short(trained)}", ppl(end)])
+            examples, trained, _, hours = so_far(end)
+            rows.append([name, f"{end:,}", f"{hours:,.3g}", f"{examples:,}", short(trained), ppl(end)])
         print("\n" + format_table(["phase", "to step", "hours", "examples", "tokens", "expected ppl"], rows))
     examples, trained, flops, hours = so_far(curriculum.max_steps)
     last = curriculum.last_len
@@ -231,8 +230,8 @@ def parse_speed(speed: str) -> Callable[[float, float], float]:
 
 
 def main() -> None:
-    speed = "RTX 4090 at 0.15"  # the plan's
     speeds = [argument.removeprefix("--speed=") for argument in sys.argv if argument.startswith("--speed=")]
+    speed = ["RTX 4090 at 0.15", *speeds][-1]  # the plan's, if none is given
     argv = [argument for argument in sys.argv[1:] if not argument.startswith("--speed=")]
     config = load_config(argv)
     if any(argument.startswith("--data_dir=") for argument in argv):
@@ -242,7 +241,7 @@ def main() -> None:
     else:
         corpus = "the plan's corpus"
         articles, tokens = PLANNED_ARTICLES, PLANNED_TOKENS
-    print_plan(config, corpus, articles, tokens, speeds[-1] if speeds else speed)
+    print_plan(config, corpus, articles, tokens, speed)
 
 
 if __name__ == "__main__":

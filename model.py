@@ -40,7 +40,7 @@ class GPTConfig:
     @property
     def n_hidden(self) -> int:
         """SwiGLU's hidden size: 8/3 of the width (Shazeer 2020), so that three matrices hold what GPT-2's two do."""
-        return 64 * round(self.n_embd * 8 / 3 / 64)
+        return 64 * max(1, round(self.n_embd * 8 / 3 / 64))
 
     @property
     def n_matmul(self) -> int:
@@ -85,9 +85,10 @@ HAS_AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I) times weight (O, I) transposed. With AMX a single row is taken as a vector: in bfloat16 that is faster
-    on a CPU that has it, and slower on one that has not."""
-    if not HAS_AMX or torch.compiler.is_compiling() or x.numel() > x.shape[-1]:  # compiled, the rows are not known
+    """x (..., I) times weight (O, I) transposed. A CPU with AMX takes a single row as a vector: in bfloat16 that is
+    faster there, and slower on one without."""
+    is_slow = not HAS_AMX or x.device.type != "cpu"
+    if is_slow or torch.compiler.is_compiling() or x.numel() > x.shape[-1]:  # compiled, the rows are not known
         return F.linear(x, weight)
     return weight.mv(x.flatten().to(weight.dtype)).view(*x.shape[:-1], -1)
 

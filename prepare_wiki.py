@@ -273,8 +273,8 @@ def lock(work: Path) -> None:
 
 
 def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max_skipped: float, workers: int) -> tuple:
-    """Makes the dataset `out`. Returns its meta.json, which is written last, and whether a part was done before. If
-    that fails, what is finished stays in `out`/prepare_wiki.unfinished."""
+    """Makes the dataset `out`. Returns its meta.json, which is written last, and the tokens of all articles read, or
+    None if a part was done before. If that fails, what is finished stays in `out`/prepare_wiki.unfinished."""
     work = out / "prepare_wiki.unfinished"
     lock(work)
     if (out / "meta.json").exists():
@@ -343,11 +343,11 @@ def prepare(files: list[Path], out: Path, source: list[dict], options: dict, max
     write_atomically(out / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
     sync(out)
     shutil.rmtree(work, ignore_errors=True)
-    return meta, went_on
+    return meta, None if went_on else int(tokens.sum(dtype=np.int64))
 
 
-def print_summary(meta: dict, seconds: float | None) -> None:
-    """seconds is how long all of it took; None where a part was done before, which tells nothing of the speed."""
+def print_summary(meta: dict, tokens: int | None, seconds: float) -> None:
+    """tokens were read in so many seconds; None where a part was done before, which tells nothing of the speed."""
     for split, totals in meta["splits"].items():
         each = totals["tokens"] / max(1, totals["articles"])
         print(f"{split}: {totals['articles']:,} articles, {totals['tokens']:,} tokens, {each:,.0f} each")
@@ -356,8 +356,8 @@ def print_summary(meta: dict, seconds: float | None) -> None:
     if meta["skipped"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items())
         print(f"skipped: {reasons}, of {meta['records']:,} records; the first: {'; '.join(meta['first_skipped'])}")
-    if seconds:
-        print(f"{sum(totals['tokens'] for totals in meta['splits'].values()) / seconds:,.0f} tokens/s")
+    if tokens:
+        print(f"{tokens:,} tokens tokenized, {tokens / seconds:,.0f} tokens/s")
 
 
 def sources(files: list[Path]) -> list[dict]:
@@ -428,7 +428,7 @@ def main() -> None:
             shutil.rmtree(out / "prepare_wiki.unfinished", ignore_errors=True)  # of a run that was killed just then
         else:
             files = sample_files() if args.sample else files
-            meta, went_on = prepare(files, out, source, options, args.max_skipped, args.workers)
+            meta, tokens = prepare(files, out, source, options, args.max_skipped, args.workers)
     except OSError as error:
         raise UserError(f"cannot make {out}: {error.filename or ''} {error.strerror}") from error
     except MemoryError as error:
@@ -436,7 +436,7 @@ def main() -> None:
     if stands:
         print(f"{out} holds this dataset already: the same options and, by names and sizes, inputs")
     else:
-        print_summary(meta, None if went_on else time.perf_counter() - started)
+        print_summary(meta, tokens, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

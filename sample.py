@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="and from the likeliest that sum to this probability")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", help="bfloat16 or float32; auto takes bfloat16 where it is fast")
+    parser.add_argument("--dtype", default="auto", help="bfloat16, float16 or float32; auto takes what is fast here")
     args = parser.parse_args()
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0:
         raise UserError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1")

@@ -141,6 +141,8 @@ def check_ranges(config: Config) -> None:
         for row in getattr(config, key):
             if not (isinstance(row, tuple) and len(row) == 2 and all(map(isinstance, row, kinds))):
                 raise UserError(f"{key}: {row!r} is not a pair of a {kinds[0].__name__} and a number")
+    if any(step < 1 for _, step in config.phases):
+        raise UserError("phases: a phase ends at step 1 or later")
     steps = [row[0] for row in config.plan_ppl]
     if steps != sorted(set(steps)) or any(step < 1 or ppl <= 0 for step, ppl in config.plan_ppl):
         raise UserError("plan_ppl: its steps must ascend from 1 or later, and its perplexities be positive")

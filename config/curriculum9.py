@@ -6,7 +6,8 @@ python train.py config/curriculum9.py --data_dir=data/wiki --out_dir=out/curricu
 out_dir = "out/curriculum9"
 
 # The table is the plan's. On small models and 0.6M tokens (bench/RESULTS.md) lengths that double end 0.10 nats lower,
-# and a rate that falls linearly 0.04 lower than by these factors. That is far from this size: sprint.py tries both.
+# and a rate that falls linearly 0.04 lower than by these factors. That is far from this size: sprint.py tries lengths
+# that double and a long fall.
 #
 # from step, seq_len, batch_size, lr_scale; a batch is as many windows as 16,384 tokens make
 stages = (

@@ -1,4 +1,4 @@
-"""The same tokens, model and learning rates as curriculum9.py, in windows of 2,048 throughout.
+"""As many tokens as curriculum9.py, its model and its learning rates, in windows of 2,048 throughout.
 
 python train.py config/fixed2048.py --data_dir=data/wiki
 """
