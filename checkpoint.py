@@ -29,7 +29,7 @@ MAY_CHANGE = set("data_dir out_dir resume eval_only max_steps cooldown_steps pla
                  "device dtype compile eval_interval eval_tokens patience checkpoint_interval "
                  "log_interval".split())
 
-# What a checkpoint holds: best.pt the first three, last.pt and prev.pt all.
+# What a checkpoint holds: best.pt the first three, last.pt and prev.pt all; besides, what the log could not write.
 MODEL_KEYS = {"config", "step", "model"}
 RUN_KEYS = MODEL_KEYS | {"optimizers", "scaler", "time_s", "best"}
 

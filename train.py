@@ -35,7 +35,7 @@ from model import GPT, GPTConfig
 from parallel import Processes, join_processes, memory_errors, parts, smaller_parts, to_device
 from validate import Best, Score, Stopped, eval_table, report, score_lengths, score_windows, summary
 
-MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run: chosen; float16's scale falls to 1/1,024
+MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run: chosen. float16's scale halves at each
 
 # --------------------------------------------------------------------------------------------------------------------
 # One optimizer step
@@ -70,7 +70,7 @@ def train_step(
 ) -> tuple[float, float]:
     """One update from windows (B, T + 1): its mean loss in nats per token, and the gradient's norm before clipping.
 
-    loss_of is model.loss, as compiled. Every target weighs the same, however the batch is parted: the parts' sums of
+    loss_of is set_up's. Every target weighs the same, however the batch is parted: the parts' sums of
     losses are divided by the whole batch's number of targets. Where the loss or the norm is not finite, the weights
     and the optimizers stay as they are. scaler is float16's; team are the processes that share the batch.
     """
@@ -90,6 +90,7 @@ def train_step(
     except UserError:
         out_of_memory = True  # the others wait: they hear of it with the gradients
         loss = None  # frees the graph
+        torch.cuda.empty_cache()  # for the all-reduce, which may need memory of its own
     sums = team.sum_gradients(model, mean_loss, team.flags(out_of_memory))
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
@@ -137,9 +138,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products. 'auto' is bfloat16 where it is fast: a GPU without it would emulate it, and a CPU
-    without AMX, if it does not emulate it too, takes twice as long as in float32 (an Emerald Rapids with AMX hidden).
-    Else it is float16 on a GPU and float32 on a CPU."""
+    """The type of matrix products. 'auto' is bfloat16 where that is fast, else float16 on a GPU and float32 on a CPU.
+
+    A GPU without bfloat16 would emulate it. So would a CPU; and one that has it, but no AMX, still takes twice as long
+    in it as in float32 (an Emerald Rapids with AMX hidden).
+    """
     if name == "auto" and device.type == "cuda":
         name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif name == "auto":
@@ -150,9 +153,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def peak_flops(gpu: str) -> float | None:
-    """Of a GPU by its full name; None of one that is not in the table, such as a laptop's of a like name."""
-    known = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b(?! (Ti|D|Laptop|PCIe|NVL)\b)", gpu))
-    return next(known, None)
+    """Of a GPU by its full name; None of what is not in the table, as a laptop's of a like name or a MIG part."""
+    other = r"(?! (Ti|D|Laptop|PCIe|NVL)\b)(?!.* MIG )"
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b{other}", gpu)), None)
 
 
 def keep_memory() -> None:
@@ -170,9 +173,9 @@ def keep_memory() -> None:
 def compile_block(module: torch.nn.Module) -> None:
     """Compiles the forward pass of a module whose first argument is x (B, ...), for all B and T.
 
-    Left alone, torch compiles anew for a single window, where B is 1, and for more tokens than some thousand (a CPU:
-    4,096) where the first had fewer. On a CPU it is told that B may be anything, which leaves one graph to train by and
-    one to score by. A GPU might then index with 64 bits, and was not tried.
+    Left alone, torch compiles anew for a single window, where B is 1, and once for more tokens than a bound (on a CPU
+    4,096) if the first had fewer. On a CPU it is told that B may be anything, which leaves one graph to train by and
+    one to score by. A GPU might then compute 64-bit indices, and was not tried.
     """
     forward = torch.compile(module.forward, dynamic=True)
 
@@ -198,7 +201,6 @@ def set_up(
                     anew). A GPU may need up to 12 graphs, where torch would give up at 8
     CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work,
                     but for Muon's, a matrix at a time: some 2,000 at GPT-2 size, which a fast GPU may wait for
-    attention       on a GPU not cuDNN's kernel, which torch prefers on an H100: it makes a plan for each new shape
     loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type (1.6 GB for 16,384
                     tokens in bfloat16), and nothing else of that size. On a CPU torch's own takes 1.65 times as long
                     with AMX and 1.05 without, F.linear_cross_entropy 3 to 4 times (bench/head.py)
@@ -214,7 +216,6 @@ def set_up(
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU
     torch.fx.experimental._config.use_duck_shape = False
     torch._dynamo.config.recompile_limit = 32
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
     model = GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), max_len)
     model.init_weights(config.seed)
@@ -266,17 +267,21 @@ def train(config: Config, team: Processes | None = None) -> int:
     skipped = 0  # so many of the last steps, in a row; a checkpoint is of a step that was not
     kept_eval = best_step = None  # the log's evaluation after this step, and the step if best.pt is of it
     if state:
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        with team.together(), memory_errors("the model and its optimizers do not fit"):
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
         if state["scaler"]:  # empty if it was not float16 until now
             scaler.load_state_dict(state["scaler"])
         step, time_s, best = state["step"], state["time_s"], Best(*state["best"])
         kept_eval, best_step = state["kept_eval"], step if state["is_best"] else None
+        if state["config"]["eval_tokens"] != config.eval_tokens:
+            best = Best()  # losses of other windows do not compare
         print(f"going on from step {step:,} of {out_dir}")
         if (was := state["config"]["dtype"]) != config.dtype:
             print(f"from here on in {config.dtype}, where it was {was}: --dtype={was} goes on exactly")
-    saved_step = step if state and state["same"] else None
+    saved_step = step if state else None  # of last.pt
+    is_other = bool(state) and not state["same"]  # last.pt is of another configuration than this
     state = None  # its tensors were copied
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     team.watch_signals()
@@ -295,13 +300,16 @@ def train(config: Config, team: Processes | None = None) -> int:
             return False
         return True
 
+    def is_saved() -> bool:
+        return step == saved_step and not is_other
+
     def save_last() -> None:
-        nonlocal saved_step
+        nonlocal saved_step, is_other
         if skipped:  # weights that gave no finite loss replace none that did
             return
         states = [optimizer.state_dict() for optimizer in optimizers]
         if save("last.pt", optimizers=states, scaler=scaler.state_dict(), time_s=time_s, best=tuple(before)):
-            saved_step = step
+            saved_step, is_other = step, False
 
     def write(record: dict) -> None:
         if team.rank == 0:
@@ -334,7 +342,7 @@ def train(config: Config, team: Processes | None = None) -> int:
     while True:
         before = best  # the evaluation after this step: a checkpoint does not count on it
         eval_due = step % config.eval_interval == 0 or curriculum.ends_stage(step) or step == best_step
-        if (eval_due or team.stop or step % config.checkpoint_interval == 0) and step != saved_step:
+        if (eval_due or team.stop or step % config.checkpoint_interval == 0) and not is_saved():
             save_last()
         if team.stop:
             break
@@ -359,15 +367,15 @@ def train(config: Config, team: Processes | None = None) -> int:
         kept_eval = None
 
         started = time.perf_counter()
-        stage = curriculum.at(step)
+        number = curriculum.index(step)
+        stage = curriculum.stages[number]
         lr = learning_rate(config, stage, step)
         windows = dataset.train.random_windows(stage.seq_len, stage.batch_size, config.seed, step)
         loss, grad_norm = train_step(loss_of, model, optimizers, windows, lr, config, scaler, team)
         step += 1
         time_s += time.perf_counter() - started
 
-        number = curriculum.index(step - 1) + 1
-        record = {"step": step, "stage": number, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "lr": lr}
+        record = {"step": step, "stage": number + 1, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "lr": lr}
         skipped = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else skipped + 1
         if skipped:
             bar.write(f"step {step:,} is skipped: loss {loss}, gradient norm {grad_norm}, learning rate {lr:.3g}")
@@ -379,7 +387,7 @@ def train(config: Config, team: Processes | None = None) -> int:
             counted = (step, time_s)
             write({"event": "train", **record, "loss": loss, "grad_norm": grad_norm, "tokens": tokens,
                    "tokens_per_s": round(tokens_per_s, 1), "mfu": mfu, "time_s": round(time_s, 3)})  # fmt: skip
-            bar.set_description(f"stage {number}/{len(config.stages)}, length {stage.seq_len:,}", refresh=False)
+            bar.set_description(f"stage {number + 1}/{len(config.stages)}, length {stage.seq_len:,}", refresh=False)
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
         bar.update()
         if skipped == MAX_SKIPPED:
@@ -388,12 +396,12 @@ def train(config: Config, team: Processes | None = None) -> int:
                              f"{step:,} at learning rate {lr:.3g}; {out_dir} keeps last.pt of step {saved_step} and "
                              "the prev.pt before it")  # fmt: skip
     bar.close()
-    if step != saved_step:  # the disk was full; it may have room by now
+    if not is_saved():  # the disk was full; it may have room by now
         save_last()
     team.wait()
     if team.rank == 0:
         log.flush(durably=True)
-        if (step != saved_step and not skipped) or log.failed:
+        if (not is_saved() and not skipped) or log.failed:
             raise UserError(f"{out_dir} lacks the end of the run, which its disk did not take; with room on it, "
                             "--resume=True makes it again")  # fmt: skip
         bests = [record["step"] for record in log.evaluations() if record["is_best"]]

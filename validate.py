@@ -21,6 +21,8 @@ from dataset import Split
 from errors import UserError
 from parallel import Processes, memory_errors, parts, smaller_parts, to_device
 
+OVERFIT_GAP = math.log(2)  # nats, chosen: validation perplexity is twice that of training
+
 
 class Score(NamedTuple):
     """Means over the scored targets."""
@@ -59,7 +61,7 @@ def score_windows(
 ) -> Score:
     """The score of n windows of seq_len, evenly spread over a split and shared by the processes.
 
-    score_of is model.score, as compiled; token_bytes (V,) holds each token's UTF-8 bytes, on the model's device.
+    score_of is train.set_up's; token_bytes (V,) holds each token's UTF-8 bytes, on the model's device.
     Raises Stopped on all processes once one has seen a stop signal.
 
     The targets of a window share its text and so are not independent. Standard errors therefore take a window for one
@@ -118,7 +120,7 @@ def summary(record: dict, config: Config) -> str:
     line += f"val loss {record['val_loss']:.3f}, ppl {record['val_ppl']:,.1f}"
     if plan := record["plan_ppl"]:
         line += f" ({'ahead of' if record['val_ppl'] <= plan else 'behind'} plan: {plan:,.0f})"
-    line += f", gap {record['gap']:+.2f}" + (" overfits" if record["gap"] >= math.log(2) else "")
+    line += f", gap {record['gap']:+.2f}" + (" overfits" if record["gap"] >= OVERFIT_GAP else "")
     return line + (", best" if record["is_best"] else f", no best for {record['bad_evals']}")
 
 

@@ -182,6 +182,35 @@ def test_other_evaluations_than_before_do_not_make_a_run_fail(unbroken, small_di
         assert train.train(run_config(small_dir, tmp_path / "run", eval_tokens=eval_tokens)) == 0
 
 
+def test_a_loss_of_other_windows_is_not_what_early_stopping_goes_by(started, small_dir, tmp_path):
+    """A best of 0.0 stays it as long as as much is scored as before."""
+    for eval_tokens, is_best in ((KEYS["eval_tokens"], False), (128, True)):
+        out_dir = shutil.copytree(started, tmp_path / str(eval_tokens))
+        state = load_checkpoint(out_dir / "last.pt")
+        save_checkpoint(out_dir / "last.pt", state | {"best": (TABLE[0][1], 0.0, 0)})
+        config = run_config(small_dir, out_dir, max_steps=6, eval_tokens=eval_tokens)
+        assert train.train(config) == 0
+        assert evaluations(out_dir)[6] == is_best
+        assert (load_checkpoint(out_dir / "best.pt")["step"] == 6) == is_best
+
+
+def test_ten_skipped_steps_name_the_checkpoint_that_a_resumed_run_has(started, small_dir, tmp_path, monkeypatch):
+    """Resumed with another key, between two checkpoints: last.pt is of step 5, as it was."""
+    out_dir = shutil.copytree(started, tmp_path / "run")
+    monkeypatch.setattr(train, "train_step", lambda *arguments: (math.nan, math.nan))
+    with pytest.raises(UserError, match="keeps last.pt of step 5 "):
+        train.train(run_config(small_dir, out_dir, max_steps=100, log_interval=7, checkpoint_interval=1000))
+
+
+def test_a_lack_of_memory_for_a_checkpoint_s_moments_is_said(started, small_dir, tmp_path, monkeypatch):
+    def lack(optimizer, state):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lack)
+    with pytest.raises(UserError, match="out of memory: the model and its optimizers do not fit"):
+        train.train(run_config(small_dir, shutil.copytree(started, tmp_path / "run")))
+
+
 def test_a_checkpoint_that_is_saved_late_does_not_count_on_its_evaluation(small_dir, tmp_path, monkeypatch):
     """The disk has room for last.pt of step 12 only after the evaluation there. Then the run is made longer."""
     full = [("last.pt", 12)]

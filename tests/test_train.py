@@ -273,7 +273,8 @@ def test_a_run_made_longer_keeps_an_evaluation_where_it_ended(tmp_path, small_di
 
 @pytest.mark.parametrize("gpu, peak", [("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA A100-SXM4-80GB", 312e12),
                                        ("NVIDIA A100-PCIE-40GB", 312e12), ("NVIDIA H100 80GB HBM3", 989.4e12),
-                                       ("NVIDIA H200", 989.4e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+                                       ("NVIDIA H200", 989.4e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+                                       ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
                                        ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA RTX A1000", None),
                                        ("NVIDIA GH200 480GB", None), ("NVIDIA H100 PCIe", None)])  # fmt: skip
 def test_a_peak_is_known_of_the_very_card(gpu, peak):
