@@ -13,6 +13,8 @@ import math
 import os
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import Config
-from errors import UserError
+from errors import UserError, user_errors
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -149,10 +151,17 @@ def join_processes() -> Iterator[Processes]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank != 0:
         sys.stdout = open(os.devnull, "w")
+    team = Processes(rank, count)
     try:
-        yield Processes(rank, count)
-    finally:
-        dist.destroy_process_group()
+        with user_errors():
+            yield team
+    except BaseException as error:
+        # Without torch.distributed's own end: NCCL's waits for the other processes, and they may wait for this one.
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        time.sleep(1)  # torchrun ends all as soon as one has ended: another may be saying why
+        team.exit(error.code if isinstance(error, SystemExit) else 1)
+    dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------------------------

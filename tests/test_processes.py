@@ -137,6 +137,32 @@ def test_the_workers_of_one_machine_are_killed_and_the_run_goes_on(tmp_path, arg
     assert_same_run(out_dir, tmp_path / "whole")
 
 
+FAILS_ALONE = """
+import os, runpy, sys, time, train, torch.distributed as dist
+step, rank = train.train_step, int(os.environ["RANK"])
+def fail(*arguments):
+    if rank == 1 and fail.steps == 3:
+        raise ValueError("of one alone")
+    fail.steps += 1
+    return step(*arguments)
+fail.steps = 0
+train.train_step = fail
+dist.destroy_process_group = lambda: time.sleep(1000)  # as NCCL's, which waits for the others
+from config import load_config
+from errors import user_errors
+from parallel import join_processes
+with user_errors(), join_processes() as team:
+    train.train(load_config(sys.argv[1:]), team)
+"""
+
+
+def test_an_error_of_one_process_is_shown_and_ends_all(arguments, tmp_path):
+    processes = start_ranks(2, [["-c", FAILS_ALONE, *arguments[1:], f"--out_dir={tmp_path}"]] * 2)
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert processes[1].returncode == 1 and "ValueError: of one alone" in said[1]
+    assert processes[0].returncode == 1 and "Traceback" in said[0]  # the connection is closed
+
+
 def test_restarts_that_may_hang_are_refused(arguments):
     command = torchrun(2, *arguments)
     command.insert(len(TORCHRUN), "--max_restarts=1")
