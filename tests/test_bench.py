@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "bench"))
 
-from bench import growth, memory, roofline, start, throughput
+from bench import breakdown, growth, memory, roofline, start, throughput
 from config import Config, load_config
 from curriculum import PEAK_FLOPS, Stage
 from model import GPT, GPTConfig
@@ -84,6 +84,18 @@ def test_a_player_reports_its_steps_and_its_memory(sample_dir):
     first, second = player.read(), player.turn(1)
     assert 0 < second < first < 600 and 0.2 < player.end() < 8
     assert player.process.returncode == -9
+
+
+def test_a_breakdown_finds_every_part_of_a_step(sample_dir, capsys, monkeypatch):
+    """None of the names that it goes by is a name that torch no longer has."""
+    keys = ["--n_layer=1", "--n_head=1", "--n_embd=64", "--stages=[(0, 64, 4, 1.0)]", "--compile=False", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["breakdown.py", str(ROOT / "config/curriculum9.py"), *keys,
+                                      f"--data_dir={sample_dir}"])  # fmt: skip
+    monkeypatch.setattr(breakdown, "peak_rate", lambda device, dtype: 1e12)
+    breakdown.main()
+    lines = capsys.readouterr().out.splitlines()
+    parts = {line.split("  ")[0].strip() or line.strip().split("  ")[0] for line in lines[3:-2]}
+    assert parts == {"products", "head's products", "loss", "attention", "muon", "adamw", "the rest"}
 
 
 def test_the_plans_batches_are_those_that_are_timed():
