@@ -162,7 +162,8 @@ def keep_memory() -> None:
     """Lets this process keep what it has freed, for its next step.
 
     By itself, glibc gives large blocks back to the kernel, which fills them with zeros, page by page, before the next
-    step gets them again. With the blocks kept a step on a CPU is 1.1 to 1.2 times as fast, small model or large.
+    step gets them again. With the blocks kept a step on a CPU is 1.1 to 1.2 times as fast, small model or large, and
+    takes a fifth to a third more memory, in holes (bench/RESULTS.md).
     """
     with suppress(OSError, AttributeError):  # a C library that is not glibc has its own ways
         libc = ctypes.CDLL("libc.so.6")
@@ -203,7 +204,7 @@ def set_up(
                     but for Muon's, a matrix at a time: some 2,000 at GPT-2 size, which a fast GPU may wait for
     loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type (1.6 GB for 16,384
                     tokens in bfloat16), and nothing else of that size. On a CPU torch's own takes 1.65 times as long
-                    with AMX and 1.05 without, F.linear_cross_entropy 3 to 4 times (bench/head.py)
+                    with AMX and 1.05 without, F.linear_cross_entropy 3 to 4 times there (bench/head.py)
     optimizers      fused AdamW, on both
     copies          pinned and not waited for, to a GPU (to_device)
     determinism     on a CPU, where it costs nothing measurable as long as fresh memory is not filled with NaN first
