@@ -4,8 +4,9 @@
 
 Every process holds the whole model and its optimizers. A step's batch is the one that a single process would draw;
 each takes its share, in parts that fit in memory, and one all-reduce adds up the gradients, the loss and the
-processes' flags. So all apply the same update, and whatever ends a run ends it on all of them at the same step; only
-where some lack memory for their optimizers are the others ended by torchrun. Process 0 alone reads and writes out_dir.
+processes' flags. So all apply the same update, and what ends a run ends it on all of them at the same step. After an
+error of one alone, such as a lack of memory for its optimizers, torchrun ends the others. Process 0 alone reads and
+writes out_dir.
 """
 
 import io
@@ -16,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -126,8 +127,9 @@ class Processes:
         done by then aborts it (pytorch pull request 179291), and torchrun calls a finished run failed."""
         if self.count == 1:
             sys.exit(status)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):  # a pipe that nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
 
     def wait(self) -> None:
@@ -138,7 +140,10 @@ class Processes:
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """The processes that torchrun started, or this one alone. What the others print on stdout is nobody's."""
+    """The processes that torchrun started, or this one alone. What the others print on stdout is nobody's.
+
+    An error inside ends a process of several at once, with its traceback, or its one line if it is a UserError.
+    """
     count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if count == 1:
         yield Processes()
@@ -160,7 +165,7 @@ def join_processes() -> Iterator[Processes]:
         if not isinstance(error, SystemExit):
             traceback.print_exc()
         time.sleep(1)  # torchrun ends all as soon as one has ended: another may be saying why
-        team.exit(error.code if isinstance(error, SystemExit) else 1)
+        team.exit(error.code or 0 if isinstance(error, SystemExit) else 1)
     dist.destroy_process_group()
 
 

@@ -89,8 +89,9 @@ def train_step(
                 mean_loss += loss.detach()
     except UserError:
         out_of_memory = True  # the others wait: they hear of it with the gradients
-        loss = None  # frees the graph
-        torch.cuda.empty_cache()  # for the all-reduce, which may need memory of its own
+    if out_of_memory:
+        loss = None  # frees the graph, and then what the all-reduce may need
+        torch.cuda.empty_cache()
     sums = team.sum_gradients(model, mean_loss, team.flags(out_of_memory))
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
@@ -163,7 +164,7 @@ def keep_memory() -> None:
 
     By itself, glibc gives large blocks back to the kernel, which fills them with zeros, page by page, before the next
     step gets them again. With the blocks kept a step on a CPU is 1.1 to 1.2 times as fast, small model or large, and
-    takes a fifth to a third more memory, in holes (bench/RESULTS.md).
+    takes a fifth to a third more memory, for it leaves holes (bench/RESULTS.md).
     """
     with suppress(OSError, AttributeError):  # a C library that is not glibc has its own ways
         libc = ctypes.CDLL("libc.so.6")
@@ -277,12 +278,13 @@ def train(config: Config, team: Processes | None = None) -> int:
         step, time_s, best = state["step"], state["time_s"], Best(*state["best"])
         kept_eval, best_step = state["kept_eval"], step if state["is_best"] else None
         if state["config"]["eval_tokens"] != config.eval_tokens:
-            best = Best()  # losses of other windows do not compare
+            best = Best()
+            print("validation scores other windows than it did: its best loss is found anew")
         print(f"going on from step {step:,} of {out_dir}")
         if (was := state["config"]["dtype"]) != config.dtype:
             print(f"from here on in {config.dtype}, where it was {was}: --dtype={was} goes on exactly")
-    saved_step = step if state else None  # of last.pt
-    is_other = bool(state) and not state["same"]  # last.pt is of another configuration than this
+    saved_step = step if state else None  # of the newest checkpoint
+    is_other = bool(state) and not state["same"]  # that is of another configuration than this
     state = None  # its tensors were copied
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     team.watch_signals()
@@ -394,8 +396,7 @@ def train(config: Config, team: Processes | None = None) -> int:
         if skipped == MAX_SKIPPED:
             bar.close()
             raise team.error(f"{skipped} steps in a row had no finite loss and gradient, the last of them step "
-                             f"{step:,} at learning rate {lr:.3g}; {out_dir} keeps last.pt of step {saved_step} and "
-                             "the prev.pt before it")  # fmt: skip
+                             f"{step:,} at learning rate {lr:.3g}; {out_dir} keeps its checkpoint of step {saved_step}")
     bar.close()
     if not is_saved():  # the disk was full; it may have room by now
         save_last()
@@ -412,7 +413,7 @@ def train(config: Config, team: Processes | None = None) -> int:
         if not team.stop:
             print(eval_table(log.evaluations()))
     if skipped:
-        print(f"the last {skipped} steps were skipped; last.pt is of step {saved_step}")
+        print(f"the last {skipped} steps were skipped; the newest checkpoint is of step {saved_step}")
     if team.stop:
         print(f"stopped by {signal.Signals(team.stop).name} after step {step:,}; --resume=True goes on")
     return team.stop

@@ -53,8 +53,10 @@ def need(model: GPTConfig, tokens: int) -> float:
 def measure(size: str, tokens: int, device_name: str) -> float | None:
     """GiB that two steps of one part took at most, in a process of its own; None where they did not fit."""
     words = [sys.executable, __file__, f"--play={size}", "--tokens", str(tokens), f"--device={device_name}"]
-    done = subprocess.run(words, check=False, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout) if done.returncode == 0 else None
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    if done.returncode and done.returncode != -9 and "out of memory" not in done.stderr:  # -9: by the kernel
+        raise RuntimeError(done.stderr)
+    return None if done.returncode else float(done.stdout)
 
 
 def play(size: str, tokens: int, device_name: str) -> None:

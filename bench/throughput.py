@@ -6,9 +6,9 @@
 For each stage's length: optimizer steps of one batch of real tokens, compiled, by every program in a process of its
 own, that take turns of --burst steps, --rounds times, so that a machine that slows down slows them all. (--apart: one
 process at a time, for models of which four do not fit in memory.) nanoGPT's train.py runs unchanged, as it configures
-itself, which is float32 on a CPU; and with its line for autocast changed to bf16. transformers' GPT-2 runs under bf16
-autocast with sdpa and fused AdamW. Ours is train.py's own step with curriculum9's settings, Muon among them; and with
---optimizer=adamw, which is what the others use.
+itself, which is float32 on a CPU; and there, with its line for autocast changed to bf16. transformers' GPT-2 runs under
+bf16 autocast with sdpa and fused AdamW. Ours is train.py's own step with curriculum9's settings, Muon among them; and
+with --optimizer=adamw, which is what the others use.
 
 Printed: tokens/s, median and spread over rounds; MFU, as a share of a large product, in the type that ours takes, timed
 between the turns (on a known GPU: of its datasheet's bf16 peak); the largest memory each process ever held (of a GPU:
@@ -200,16 +200,16 @@ class Player:
 
 
 def peak_rate(device: str, dtype: object = None) -> float:
-    """FLOP/s of products in dtype, or the type that ours takes by itself: the datasheet's of bf16 for a known GPU, else
+    """FLOP/s of products in dtype, or the type that ours takes by itself: of bf16 on a known GPU the datasheet's, else
     of a large product just now (best of five)."""
     import torch
 
     from train import peak_flops, pick_dtype
 
-    if device == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())):
+    dtype = dtype or pick_dtype("auto", torch.device(device))
+    if device == "cuda" and dtype == torch.bfloat16 and (peak := peak_flops(torch.cuda.get_device_name())):
         return peak
     n = 4096 if device == "cpu" else 16384
-    dtype = dtype or pick_dtype("auto", torch.device(device))
     a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
     best = float("inf")
     for _ in range(5):

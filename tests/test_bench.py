@@ -1,6 +1,8 @@
 """The arithmetic of bench/: counts against torch's own, fits and shares against closed forms."""
 
+import re
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 from bench import breakdown, growth, memory, roofline, start, throughput
 from config import Config, load_config
 from curriculum import PEAK_FLOPS, Stage
+from dataset import open_dataset
 from model import GPT, GPTConfig
-from train import make_optimizers
+from train import make_optimizers, set_up, train_step
 
 
 def test_muons_flops_are_those_that_torch_counts():
@@ -86,16 +89,38 @@ def test_a_player_reports_its_steps_and_its_memory(sample_dir):
     assert player.process.returncode == -9
 
 
-def test_a_breakdown_finds_every_part_of_a_step(sample_dir, capsys, monkeypatch):
-    """None of the names that it goes by is a name that torch no longer has."""
-    keys = ["--n_layer=1", "--n_head=1", "--n_embd=64", "--stages=[(0, 64, 4, 1.0)]", "--compile=False", "--device=cpu"]
-    monkeypatch.setattr(sys, "argv", ["breakdown.py", str(ROOT / "config/curriculum9.py"), *keys,
-                                      f"--data_dir={sample_dir}"])  # fmt: skip
+def test_a_breakdown_gives_every_product_to_its_part(sample_dir):
+    """By the FLOPs that torch's profiler counts in a step, not compiled: in closed form for each part."""
+    keys = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--compile=False", "--device=cpu", "--dtype=float32"]
+    config = load_config([str(ROOT / "config/curriculum9.py"), *keys])
+    model, optimizers, loss_of, _ = set_up(config, 64, torch.device("cpu"), torch.float32)
+    windows = open_dataset(str(sample_dir), 64).train.random_windows(64, 4, 0, 0)
+    with torch.profiler.profile(with_flops=True) as profiler:
+        train_step(loss_of, model, optimizers, windows, 6e-4, config)
+    flops, seconds = Counter(), Counter()
+    for event in profiler.events():
+        flops[breakdown.part_of(event)] += event.flops or 0
+        seconds[breakdown.part_of(event)] += event.self_cpu_time_total
+    m, tokens = model.config, windows[:, 1:].size
+    head = 6 * m.vocab_size * m.n_embd * tokens
+    assert flops["head's products"] == head
+    assert flops["products"] == 6 * m.n_matmul * tokens - head
+    assert flops["muon"] >= roofline.muon_flops(m)  # the profiler counts additions, too
+    assert min(seconds.values()) > 0 and seconds.keys() == {"products", "head's products", "loss", "attention", "muon",
+                                                            "adamw", "the rest"}  # fmt: skip
+
+
+def test_a_breakdown_adds_up_to_the_step(sample_dir, capsys, monkeypatch):
+    keys = ["--n_layer=1", "--n_head=1", "--n_embd=64", "--stages=[(0, 64, 64, 1.0)]", "--compile=False",
+            f"--data_dir={sample_dir}", "--device=cpu"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["breakdown.py", str(ROOT / "config/curriculum9.py"), *keys])
     monkeypatch.setattr(breakdown, "peak_rate", lambda device, dtype: 1e12)
     breakdown.main()
-    lines = capsys.readouterr().out.splitlines()
-    parts = {line.split("  ")[0].strip() or line.strip().split("  ")[0] for line in lines[3:-2]}
-    assert parts == {"products", "head's products", "loss", "attention", "muon", "adamw", "the rest"}
+    first, *lines = capsys.readouterr().out.splitlines()
+    total = float(first.split(" s; ")[0].split()[-1])
+    rows = [re.split("  +", line.strip()) for line in lines[2:-2]]
+    assert sum(float(row[1].replace(",", "")) for row in rows) == pytest.approx(1000 * total, abs=2)
+    assert {row[0]: row[3:4] for row in rows}["muon"] == ["0.00"]
 
 
 def test_the_plans_batches_are_those_that_are_timed():

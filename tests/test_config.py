@@ -263,6 +263,7 @@ def test_ctrl_c_ends_with_the_status_that_shells_expect():
         (["curriculum.py", "config/curriculum9.py", "--speed=RTX 4090 at 15"], "RTX 4090"),
         (["curriculum.py", "config/curriculum9.py", "--plan_ppl=(2000, 5000)"], "plan_ppl"),
         (["curriculum.py", "config/curriculum9.py", "--phases=('a', 10)"], "phases"),
+        (["curriculum.py", "config/curriculum9.py", "--phases=[('a', 0)]"], "a phase ends at step 1 or later"),
         (["curriculum.py", "config/curriculum9.py", "--n_head=0"], "n_head"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -104,6 +104,13 @@ def test_a_mistake_is_said_once_and_ends_all_with_status_2(arguments, mistaken):
     assert "n_head" in line
 
 
+def test_help_is_no_error(arguments):
+    processes = start_ranks(2, [["train.py", "--help"]] * 2)
+    said = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and "--stages=()" in said[0][0]
+    assert said[0][1] == said[1][1] == said[1][0] == ""
+
+
 def test_a_damaged_checkpoint_is_said_once_and_all_go_on_from_the_one_before(tmp_path, arguments):
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     for out_dir in (whole, damaged):
@@ -138,7 +145,7 @@ def test_the_workers_of_one_machine_are_killed_and_the_run_goes_on(tmp_path, arg
 
 
 FAILS_ALONE = """
-import os, runpy, sys, time, train, torch.distributed as dist
+import os, sys, time, train, torch.distributed as dist
 step, rank = train.train_step, int(os.environ["RANK"])
 def fail(*arguments):
     if rank == 1 and fail.steps == 3:
@@ -158,7 +165,11 @@ with user_errors(), join_processes() as team:
 
 def test_an_error_of_one_process_is_shown_and_ends_all(arguments, tmp_path):
     processes = start_ranks(2, [["-c", FAILS_ALONE, *arguments[1:], f"--out_dir={tmp_path}"]] * 2)
-    said = [process.communicate(timeout=60)[1] for process in processes]
+    try:
+        said = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert processes[1].returncode == 1 and "ValueError: of one alone" in said[1]
     assert processes[0].returncode == 1 and "Traceback" in said[0]  # the connection is closed
 
