@@ -117,7 +117,7 @@ def test_a_breakdown_adds_up_to_the_step(sample_dir, capsys, monkeypatch):
     monkeypatch.setattr(breakdown, "peak_rate", lambda device, dtype: 1e12)
     breakdown.main()
     first, *lines = capsys.readouterr().out.splitlines()
-    total = float(first.split(" s; ")[0].split()[-1])
+    total = float(re.search(r"profiled ([\d.]+) s", first)[1])
     rows = [re.split("  +", line.strip()) for line in lines[2:-2]]
     assert sum(float(row[1].replace(",", "")) for row in rows) == pytest.approx(1000 * total, abs=2)
     assert {row[0]: row[3:4] for row in rows}["muon"] == ["0.00"]
