@@ -437,7 +437,7 @@ def test_skipped_steps_are_logged_and_a_few_do_not_end_the_run(monkeypatch, tmp_
 
 def test_steps_skipped_in_a_row_stop_the_run_and_keep_the_checkpoint_before_them(monkeypatch, tmp_path, small_dir):
     poison(monkeypatch, range(8, 100))
-    with pytest.raises(UserError, match=r"10 steps in a row .* step 17 at learning rate 0.005; .* last.pt of step 6"):
+    with pytest.raises(UserError, match=r"10 steps in a row .* step 17 at learning rate 0.005; .* of step 6$"):
         train.train(run_config(small_dir, tmp_path, max_steps=30))
     # Those at 9, 12 and 15 would have been of weights without a loss.
     assert [load_checkpoint(tmp_path / name)["step"] for name in ("prev.pt", "last.pt")] == [3, 6]
