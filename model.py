@@ -75,10 +75,13 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): turns the pairs (i, i + D/2) of x (B, H, T, D) by angles (T, D/2)."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rotary positions (Su et al. 2021): turns the pairs (i, i + D/2) of x (B, H, T, D) by angles (T, D/2).
+
+    The result is in dtype, and each half is before they meet: compiled, nothing larger is written then.
+    """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat(((a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)), dim=-1)
 
 
 HAS_AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
@@ -117,7 +120,8 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        dtype = v.dtype if past is None else torch.float32  # attention's, or the cache's
+        q, k = rotate(self.q_norm(q), cos, sin, dtype), rotate(self.k_norm(k), cos, sin, dtype)
         if past is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import muon
 from checkpoint import load_checkpoint, open_best, open_run, save_checkpoint
 from config import Config, load_config
 from curriculum import PEAK_FLOPS, Curriculum, expected_ppl, learning_rate
@@ -46,6 +47,7 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 
     match_rms_adamw (Liu et al. 2025) scales Muon's updates to the size of AdamW's: one learning rate serves both.
     """
+    Muon = muon.Muon if model.embed.weight.is_cuda else torch.optim.Muon
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
     norms = [weight for weight in model.parameters() if weight.ndim == 1]
     use_muon = config.optimizer == "muon"
@@ -54,7 +56,7 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     # 0.99, not 0.95: with so few tokens a step the second moment needs a longer memory (Marek et al. 2025).
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
     if use_muon:
-        optimizers += [torch.optim.Muon(matrices, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")]
+        optimizers += [Muon(matrices, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")]
     return optimizers
 
 
@@ -194,19 +196,20 @@ def set_up(
 ) -> tuple[GPT, list[torch.optim.Optimizer], Callable, Callable]:
     """The model with its first weights, its optimizers, and model.loss and model.score under autocast and compiled.
 
-    What is chosen for the device's sake, and why (the GPU's choices are reasoned, not measured):
+    What is chosen for the device's sake, and why (for a GPU measured on one H100, where it says so, and else reasoned):
 
     compiled        block by block: one graph serves all layers, so a deeper model compiles no longer; the embedding's
                     look-up and the head's large products would gain nothing
     shapes          symbols, on both: a graph serves many shapes, on a CPU the whole table (compile_block). Sizes that
                     happen to be equal do not become one symbol (with duck shaping, 128 windows of 128 would compile
                     anew). A GPU may need up to 12 graphs, where torch would give up at 8
-    CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work,
-                    but for Muon's, a matrix at a time: some 2,000 at GPT-2 size, which a fast GPU may wait for
+    CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work. On
+                    an H100 they took a step from 54 to 49 ms (bench/RESULTS.md); a slower GPU hides more of it
     loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type (1.6 GB for 16,384
                     tokens in bfloat16), and nothing else of that size. On a CPU torch's own takes 1.65 times as long
                     with AMX and 1.05 without, F.linear_cross_entropy 3 to 4 times there (bench/head.py)
-    optimizers      fused AdamW, on both
+    optimizers      fused AdamW, on both; Muon on a GPU all matrices of a shape at once (muon.py): on an H100 a step of
+                    53 ms instead of 81
     copies          pinned and not waited for, to a GPU (to_device)
     determinism     on a CPU, where it costs nothing measurable as long as fresh memory is not filled with NaN first
     memory          on a CPU: kept (keep_memory); for a GPU torch has an allocator of its own

@@ -14,7 +14,7 @@ products and float32 weights, gradients and moments:
                                       each layer's activations in bf16, each written and read, forward and backward:
                                       some 16 of width C and 6 of SwiGLU's hidden size     8 * (16 C + 6 H) a layer
 
-So the time of a step is the larger of FLOPs / peak and bytes / bandwidth. No GPU was at hand: nothing here is measured.
+So the time of a step is the larger of FLOPs / peak and bytes / bandwidth. Nothing here is measured.
 """
 
 import math

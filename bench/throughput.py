@@ -32,7 +32,7 @@ LENGTHS = [64, 128, 256, 512, 768, 1024, 1536, 2048]  # the nine stages' (the la
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The programs, each in a process that takes a step whenever it is told to
+# The programs, each in a process that takes as many steps as it is told to, and waits
 
 
 def reset_peak(device: str) -> None:
@@ -55,22 +55,28 @@ def peak_gib(device: str) -> float:
 
 
 def gate(out, device: str) -> Callable[[], None]:
-    """A function to call after every step: reports its seconds and the peak memory, and waits until the next is wanted.
+    """A function to call after every step: after the last of a turn it reports the turn's seconds and the peak memory,
+    and waits to hear how many steps the next has. The first step is a turn of its own.
 
-    A step has ended when the GPU has: ours would else leave its optimizers running.
+    A turn has ended when the GPU has. Within it a program waits for the GPU as often as it would by itself.
     """
     import torch
 
-    since = [time.perf_counter()]
+    left, since = 1, time.perf_counter()
 
     def after_step() -> None:
+        nonlocal left, since
+        left -= 1
+        if left:
+            return
         if device != "cpu":
             torch.cuda.synchronize()
-        out.write(f"{time.perf_counter() - since[0]} {peak_gib(device)}\n")
+        out.write(f"{time.perf_counter() - since} {peak_gib(device)}\n")
         out.flush()
-        if not sys.stdin.readline():
+        wanted = sys.stdin.readline()
+        if not wanted:
             os._exit(0)
-        since[0] = time.perf_counter()
+        left, since = int(wanted), time.perf_counter()
 
     return after_step
 
@@ -117,7 +123,6 @@ def run_transformers(args: argparse.Namespace, after_step: Callable[[], None]) -
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss.item()
         after_step()
 
 
@@ -139,7 +144,7 @@ def run_nanogpt(args: argparse.Namespace, after_step: Callable[[], None], bf16: 
         for split in ("train", "val"):
             (data / f"{split}.bin").symlink_to(Path(args.data_dir).resolve() / f"{split}_00000.bin")
         os.chdir(folder)
-        sys.path.insert(0, str(Path(args.nanogpt).resolve()))
+        sys.path.insert(0, args.nanogpt)
         sys.argv = ["train.py", "--dataset=sample", f"--device={args.device}", f"--block_size={args.length}",
                     f"--batch_size={args.batch}", "--gradient_accumulation_steps=1", f"--n_layer={args.n_layer}",
                     f"--n_head={args.n_head}", f"--n_embd={args.n_embd}", "--eval_iters=1",
@@ -176,7 +181,7 @@ class Player:
                                         stderr=None if "--verbose" in flags else subprocess.DEVNULL, text=True)
 
     def read(self) -> float:
-        """Seconds of the step that it took; of the first, with its compilation, which nobody has to ask for."""
+        """Seconds of the turn that it took. The first is one step, with its compilation, which nobody asks for."""
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended; --verbose shows why")
@@ -185,12 +190,9 @@ class Player:
 
     def turn(self, steps: int) -> float:
         """Seconds per step of so many."""
-        seconds = 0.0
-        for _ in range(steps):
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
-            seconds += self.read()
-        return seconds / steps
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return self.read() / steps
 
     def end(self) -> float:
         """The largest memory it held, in GiB."""
@@ -284,7 +286,8 @@ def main() -> None:
     for hidden, kind in (("--play", str), ("--length", int), ("--batch", int)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.data_dir = str(Path(args.data_dir).resolve())
+    args.data_dir = str(Path(args.data_dir).resolve())  # a program may work in a folder of its own
+    args.nanogpt = args.nanogpt and str(Path(args.nanogpt).resolve())
     if args.play:
         out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what a program prints is not taken for a report

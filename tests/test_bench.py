@@ -59,8 +59,8 @@ def test_memory_is_counted_as_it_says():
     config = GPTConfig(1, 2, 64)
     matrices = 4 * 64 * 64 + 3 * 64 * 192
     fixed = 10 * config.n_params + 4 * matrices + 8 * 50304 * 64
-    assert memory.count(config, 0) == fixed
-    assert memory.count(config, 10) - fixed == 10 * (2 * (50304 + 4192) + 24 * 64 + 6 * 192)
+    assert memory.count(config, 0, "cpu") == fixed
+    assert memory.count(config, 10, "cpu") - fixed == 10 * (2 * (50304 + 4192) + 24 * 64 + 6 * 192)
 
 
 def test_an_exponent_is_the_slope_of_a_power():
