@@ -42,15 +42,12 @@ class CrossEntropy(torch.autograd.Function):
     taken from what goes into the products, before they round; else from what comes out of them, which rounds nothing.
     """
 
-    # A twelfth and a third: parts are for the memory. A CPU's speed depends little on their size (bench/head.py); on a
-    # GPU, which adds to all of x's gradient for each, a third made a step 4 % shorter (bench/RESULTS.md).
-    VOCAB_PART = {"cpu": 4192, "cuda": 16768}
+    VOCAB_PART = 4192  # a twelfth: parts are for the memory, their size changes the speed little (bench/head.py)
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         weight = weight.to(x.dtype)
-        vocab_part = CrossEntropy.VOCAB_PART[x.device.type]
-        parts = weight.split(vocab_part)
+        parts = weight.split(CrossEntropy.VOCAB_PART)
         sizes = [len(x) * len(part) for part in parts]
         block = x.new_empty(sum(sizes))  # of memory for all parts
         exps = [e.view(len(x), -1) for e in block.split(sizes)]
@@ -61,9 +58,9 @@ class CrossEntropy(torch.autograd.Function):
             largest[i], sums[i] = compiled(shifted_exp)(logits, exp)
         log_sums = (largest + sums.log()).logsumexp(0)  # (N,)
         scales = (largest - log_sums).exp()
-        number = targets // vocab_part  # of the target's part
-        before = number * vocab_part  # tokens in the parts before it
-        width = (len(weight) - before).clamp(max=vocab_part)
+        number = targets // CrossEntropy.VOCAB_PART  # of the target's part
+        before = number * CrossEntropy.VOCAB_PART  # tokens in the parts before it
+        width = (len(weight) - before).clamp(max=CrossEntropy.VOCAB_PART)
         at = len(x) * before + torch.arange(len(x), device=x.device) * width + targets - before  # in the block
         exp, scale = block[at].float(), scales.gather(0, number[None])[0]
         is_sure = exp * scale > 0.5  # exp is at most 1, so 1 / scale is less than 2
@@ -79,8 +76,7 @@ class CrossEntropy(torch.autograd.Function):
         grad_x = weight[targets].float() * -ones
         grad_weight = torch.empty_like(weight, dtype=torch.float32)
         x32 = x.t().contiguous().float()  # laid out as it is multiplied: saves a sixth of the backward pass
-        widths = [exp.shape[1] for exp in exps]
-        parts = zip(exps, weight.split(widths), grad_weight.split(widths))
+        parts = zip(exps, weight.split(CrossEntropy.VOCAB_PART), grad_weight.split(CrossEntropy.VOCAB_PART))
         for scale, (exp, weight_part, grad_part) in zip(scales * grad, parts):
             grad_x.addcmul_(exp @ weight_part, scale[:, None])
             grad_part.copy_(((x32 * scale).to(x.dtype) @ exp).t())  # exp as the right factor: it is not transposed

@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     """Rotary positions (Su et al. 2021): turns the pairs (i, i + D/2) of x (B, H, T, D) by angles (T, D/2).
 
-    The result is in dtype, and each half is before they meet: compiled, nothing larger is written then.
+    Each half is converted to dtype before they are joined, so that the compiled kernel writes nothing in float32.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat(((a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)), dim=-1)

@@ -1,7 +1,8 @@
 """torch.optim.Muon for a GPU: the same updates, of all matrices of a shape at once.
 
 torch's own takes the matrices one by one, at GPT-2 size in 2,856 kernels a step, most of them too small for a large GPU
-and all of them launched while it has nothing else to do. On an H100 they took half of a step (bench/RESULTS.md).
+and all of them launched while it has nothing else to do. On an H100 they took two fifths to half of a step
+(bench/RESULTS.md). All at once needs some ten bytes for each weight of a shape, when the activations are gone.
 """
 
 import math
@@ -31,6 +32,8 @@ class Muon(torch.optim.Muon):
             assert group["adjust_lr_fn"] == "match_rms_adamw" and group["nesterov"]
             weights, grads, momenta = [], [], []
             self._init_group(group, weights, grads, momenta)  # those that have a gradient
+            if not weights:
+                continue
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, momenta, group["momentum"])
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])

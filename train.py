@@ -203,8 +203,8 @@ def set_up(
     shapes          symbols, on both: a graph serves many shapes, on a CPU the whole table (compile_block). Sizes that
                     happen to be equal do not become one symbol (with duck shaping, 128 windows of 128 would compile
                     anew). A GPU may need up to 12 graphs, where torch would give up at 8
-    CUDA graphs     none: they need one graph a shape, and the launches of a step hide behind 16,384 tokens of work. On
-                    an H100 they took a step from 54 to 49 ms (bench/RESULTS.md); a slower GPU hides more of it
+    CUDA graphs     none: they need one graph a shape. An H100 does not quite hide a step's launches behind 16,384
+                    tokens of work, and a graph made 49 ms of 54 (bench/RESULTS.md); a slower GPU hides more of them
     loss            loss.CrossEntropy, on both: exponentials of the logits in the products' type (1.6 GB for 16,384
                     tokens in bfloat16), and nothing else of that size. On a CPU torch's own takes 1.65 times as long
                     with AMX and 1.05 without, F.linear_cross_entropy 3 to 4 times there (bench/head.py)

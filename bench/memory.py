@@ -5,18 +5,18 @@
 For GPT-2 size (123.6M parameters) and for 24 layers of width 1,024 (355.1M), with Muon and bf16. Counted:
 
     per weight                4 itself, 4 gradient, 2 as bf16; moments: 4 of Muon (matrices), 8 of AdamW (the rest)
-    per token of a part       2 a vocabulary entry: the exponentials of the logits, and a part of that, a twelfth or
-                              on a GPU a third: the logits of a part of the vocabulary;
+    per token of a part       2 a vocabulary entry: the exponentials of the logits, and a twelfth of that: the logits
+                              of a part of the vocabulary;
                               24 C + 6 H a layer of width C and hidden size H, kept for the backward pass: two residual
                               streams in float32 (8 C), two normed in bf16 (4 C), q and k before and after their
                               norms, v and the attention's output (12 C); gate, up and their product (6 H)
 
 Measured on a CPU is what the process held at most, less what it held before the model was made; on a GPU what torch
 allocated at most. The rest of a batch is accumulated, so its size does not matter. --count leaves out the measuring.
-What a card holds is said with SPARE times as much a token as is counted. On an H100 as much as is counted was allocated
-(bench/RESULTS.md); more is for what the allocator cannot use. On a CPU it was up to 1.4 times as much: the backward
-pass has more for a moment, and some of it is holes between what is kept. Several processes also hold their gradients a
-second time, for the all-reduce.
+What a card holds is said with SPARE times as much a token as is counted. An H100's allocator gave out as much as
+is counted (bench/RESULTS.md); what it holds beyond that was not measured. On a CPU it was up to 1.4 times as much: the
+backward pass has more for a moment, and some of it is holes between what is kept. Several processes also hold their
+gradients a second time, for the all-reduce. Muon's updates on a GPU, with less by then beside them, are left out.
 """
 
 import argparse
@@ -38,18 +38,18 @@ CARD = 24e9 - 1e9  # bytes; some 0.6 GB are CUDA's own
 SPARE = 1.1  # chosen
 
 
-def count(model: GPTConfig, tokens: int, device: str) -> float:
+def count(model: GPTConfig, tokens: int) -> float:
     embedding = model.vocab_size * model.n_embd
     fixed = 10 * model.n_params + 4 * (model.n_matmul - embedding) + 8 * embedding
-    per_token = 2 * (model.vocab_size + CrossEntropy.VOCAB_PART[device])
+    per_token = 2 * (model.vocab_size + CrossEntropy.VOCAB_PART)
     per_token += model.n_layer * (24 * model.n_embd + 6 * model.n_hidden)
     return fixed + tokens * per_token
 
 
 def need(model: GPTConfig, tokens: int) -> float:
     """Bytes of a card for a step with parts of so many tokens."""
-    fixed = count(model, 0, "cuda")
-    return fixed + SPARE * (count(model, tokens, "cuda") - fixed)
+    fixed = count(model, 0)
+    return fixed + SPARE * (count(model, tokens) - fixed)
 
 
 def measure(size: str, tokens: int, device_name: str) -> float | None:
@@ -94,7 +94,7 @@ def main() -> None:
     rows = []
     for size, model in SIZES.items():
         for tokens in args.tokens:
-            counted = count(model, tokens, args.device)
+            counted = count(model, tokens)
             measured = None if args.count else measure(size, tokens, args.device)
             rows.append([size, f"{model.n_params / 1e6:.1f}M", f"{tokens:,}", f"{counted / 2**30:.2f}",
                          f"{measured:.2f}" if measured else "-",

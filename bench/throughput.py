@@ -67,7 +67,7 @@ def gate(out, device: str) -> Callable[[], None]:
     def after_step() -> None:
         nonlocal left, since
         left -= 1
-        if left:
+        if left > 0:
             return
         if device != "cpu":
             torch.cuda.synchronize()
@@ -127,7 +127,7 @@ def run_transformers(args: argparse.Namespace, after_step: Callable[[], None]) -
 
 
 def run_nanogpt(args: argparse.Namespace, after_step: Callable[[], None], bf16: bool) -> None:
-    """Its train.py in its own folder, with a print that takes a turn at every line that reports a step."""
+    """Its train.py in its own folder, with a print that counts every line that reports a step."""
     source = (Path(args.nanogpt) / "train.py").read_text()
     if bf16:
         changed = source.replace("nullcontext() if device_type == 'cpu' else ", "")

@@ -1,5 +1,6 @@
 """The arithmetic of bench/: counts against torch's own, fits and shares against closed forms."""
 
+import io
 import re
 import sys
 from collections import Counter
@@ -59,8 +60,8 @@ def test_memory_is_counted_as_it_says():
     config = GPTConfig(1, 2, 64)
     matrices = 4 * 64 * 64 + 3 * 64 * 192
     fixed = 10 * config.n_params + 4 * matrices + 8 * 50304 * 64
-    assert memory.count(config, 0, "cpu") == fixed
-    assert memory.count(config, 10, "cpu") - fixed == 10 * (2 * (50304 + 4192) + 24 * 64 + 6 * 192)
+    assert memory.count(config, 0) == fixed
+    assert memory.count(config, 10) - fixed == 10 * (2 * (50304 + 4192) + 24 * 64 + 6 * 192)
 
 
 def test_an_exponent_is_the_slope_of_a_power():
@@ -87,6 +88,19 @@ def test_a_player_reports_its_steps_and_its_memory(sample_dir):
     first, second = player.read(), player.turn(1)
     assert 0 < second < first < 600 and 0.2 < player.end() < 8
     assert player.process.returncode == -9
+
+
+def test_a_turn_has_as_many_steps_as_were_asked_for(monkeypatch):
+    """The first step is a turn, then three, then one: told after the first, the fourth and the fifth."""
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("3\n1\n9\n"))
+    after_step = throughput.gate(out, "cpu")
+    told = []
+    for _ in range(8):
+        after_step()
+        told.append(len(out.getvalue().splitlines()))
+    assert told == [1, 1, 1, 2, 3, 3, 3, 3]
+    assert all(float(line.split()[0]) >= 0 for line in out.getvalue().splitlines())
 
 
 def test_a_breakdown_gives_every_product_to_its_part(sample_dir):

@@ -7,7 +7,7 @@ import torch
 import muon
 
 SHAPES = [(64, 64), (160, 64), (64, 64), (64, 160), (64, 64), (160, 64)]  # square, tall, wide; in a model's order
-SETTINGS = {"weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+SETTINGS = {"weight_decay": 1.0, "adjust_lr_fn": "match_rms_adamw"}  # so much that its order shows
 
 
 def make(kind: type, values: list[torch.Tensor]) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
@@ -16,9 +16,10 @@ def make(kind: type, values: list[torch.Tensor]) -> tuple[list[torch.nn.Paramete
 
 
 def give_gradients(weights: list[torch.nn.Parameter], seed: int, without: int | None = None) -> None:
+    """Of all sizes, so that a matrix's own size matters; of the last matrix zeros, as of an unused one."""
     generator = torch.Generator().manual_seed(seed)
     for i, weight in enumerate(weights):
-        gradient = torch.randn(weight.shape, generator=generator)
+        gradient = torch.randn(weight.shape, generator=generator) * 10.0 ** (i - 3) * (i < len(weights) - 1)
         weight.grad = None if i == without else gradient
 
 
