@@ -41,5 +41,5 @@ class Muon(torch.optim.Muon):
                 alike = [i for i, weight in enumerate(weights) if weight.shape == shape]
                 x = torch.stack([updates[i] for i in alike])
                 x = orthogonalize(x, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                lr = group["lr"] * 0.2 * math.sqrt(max(shape))
+                lr = group["lr"] * 0.2 * math.sqrt(max(shape))  # match_rms_adamw (Liu et al. 2025)
                 torch._foreach_add_([weights[i] for i in alike], x.unbind(), alpha=-lr)

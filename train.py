@@ -47,7 +47,6 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 
     match_rms_adamw (Liu et al. 2025) scales Muon's updates to the size of AdamW's: one learning rate serves both.
     """
-    Muon = muon.Muon if model.embed.weight.is_cuda else torch.optim.Muon
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
     norms = [weight for weight in model.parameters() if weight.ndim == 1]
     use_muon = config.optimizer == "muon"
@@ -56,6 +55,7 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     # 0.99, not 0.95: with so few tokens a step the second moment needs a longer memory (Marek et al. 2025).
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
     if use_muon:
+        Muon = muon.Muon if model.embed.weight.is_cuda else torch.optim.Muon
         optimizers += [Muon(matrices, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")]
     return optimizers
 
