@@ -1,9 +1,11 @@
-# The two commands: `make demo` trains a small GPT through the nine stages on real articles, `make test` checks it all.
+# The two commands: `make demo` trains a small GPT through the nine stages on real articles, `make test` checks the code.
+# `make test-all` adds what takes longer: dozens of kills, compiled pairs of runs, a few steps of the demo.
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist worksteal  # each test on one core: most wait for a process
 
-.PHONY: demo test
+.PHONY: demo test test-slow test-all
 
 demo: .venv/installed-demo
 	python prepare_wiki.py --sample --out data/sample
@@ -14,7 +16,15 @@ demo: .venv/installed-demo
 
 test: .venv/installed-test
 	ruff check .
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist worksteal  # two tests at a time, each on a core: most wait for one process
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed-test
+	$(PYTEST) -m slow
+	python prepare_wiki.py --sample --out data/sample
+	python bench/exactness.py kills --data_dir=data/sample --kills 4
+	rm -rf out/test && python train.py config/demo.py --out_dir=out/test --max_steps=4 --stages='[(0, 64, 64, 11.3), (2, 2048, 2, 0.3)]'
+
+test-all: test test-slow
 
 .venv/installed-%: requirements-%.txt requirements.txt requirements-demo.txt
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -5,270 +5,189 @@
     *.parquet                                   columns "title" and "text", as in wikimedia/wikipedia
     *.txt                                       one article, whose title is the file's name
 
-A piece is a function: called, in whatever process, it yields a record for each line, row or file of its part of the
-input. A record is (title, text), or the reason why there is none, or None for a blank line.
+A piece is a function that any process can call. It yields the place and the record of each line, row or file in its
+part of the input. A record is (title, text), or the reason why there is no article.
 """
 
 import bz2
-import contextlib
 import glob
 import gzip
 import html
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-import threading
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
+from subprocess import PIPE, Popen
 
-from errors import UserError
+from settings import UserError
 
-PIECE_BYTES = 1 << 23  # of text in a piece (chosen): a third of a second of tokenizing, so handing it over costs little
-MAX_LINE = 1 << 28  # bytes; what has longer lines is no file of JSON lines, and must not fill the memory
+PIECE_BYTES = 1 << 22  # of text in a piece (chosen): long to tokenize beside handing it over, small in memory
+MAX_LINE = 1 << 28  # bytes (chosen); a file with a longer line is not JSON lines, and must not fill the memory
 
-Record = tuple[str, str] | str | None
-Piece = Callable[[], Iterator[Record]]
-
-# --------------------------------------------------------------------------------------------------------------------
-# JSON lines
+Record = tuple[str, str] | str
+Piece = Callable[[], Iterator[tuple[str, Record]]]
 
 
-def parse_line(line: bytes, title_in_xml: bool = False) -> Record:
-    if not line.strip():
-        return None
+def as_record(title: object, text: object) -> Record:
+    """Return (title, text), or the reason why they are not an article."""
+    usable = isinstance(title, str) and isinstance(text, str) and title.strip()
+    return (title, text) if usable else "without a title and a text"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn what a reader raises into a UserError that names the file."""
     try:
-        record = json.loads(line.decode("utf-8-sig"))  # some editors mark UTF-8 with three bytes at a file's start
+        yield
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def parse_line(line: bytes, title_in_xml: bool) -> Record:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
         title, text = record["title"], record["text"]
-        if not (isinstance(title, str) and isinstance(text, str) and title.strip()):
-            return "without a title and a text"
-        title.encode(), text.encode()
-    except UnicodeDecodeError:
+        title.encode(), text.encode()  # JSON can say "\ud800", half a character
+        title = html.unescape(title) if title_in_xml else title
+    except UnicodeError:
         return "not UTF-8"
-    except UnicodeEncodeError:  # JSON can say "\ud800"
-        return "with half a surrogate pair"
     except (ValueError, RecursionError):
         return "not JSON"
-    except (LookupError, TypeError):
-        return "without a title and a text"
-    return html.unescape(title) if title_in_xml else title, text
+    except (LookupError, TypeError, AttributeError):
+        title = text = None
+    return as_record(title, text)
 
 
-def parse_lines(lines: list[bytes], title_in_xml: bool) -> Iterator[Record]:
-    return (parse_line(line, title_in_xml) for line in lines)
+def parse_lines(lines: list[bytes], path: Path, first: int, title_in_xml: bool) -> Iterator[tuple[str, Record]]:
+    for number, line in enumerate(lines, first):
+        if line.strip():
+            yield f"{path}:{number}", parse_line(line, title_in_xml)
 
 
-def read_line(file, path: Path) -> bytes:
-    line = file.readline(MAX_LINE)
-    if len(line) == MAX_LINE:
-        raise UserError(f"{path}: a line of {MAX_LINE:,} bytes or more: not JSON lines")
-    return line
+def read_lines(path: Path) -> Iterator[bytes]:
+    open_file = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix, open)
+    with naming(path), open_file(path, "rb") as file:
+        while line := file.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
+                raise UserError(f"{path}: a line of {MAX_LINE:,} bytes or more: not JSON lines")
+            yield line
 
 
-def read_range(path: Path, start: int, stop: int, title_in_xml: bool) -> Iterator[Record]:
-    """The records on the lines that begin in these bytes of a file."""
-    with path.open("rb") as file:
-        if start:
-            file.seek(start - 1)
-            read_line(file, path)
-        at = file.tell()
-        while at < stop and (line := read_line(file, path)):
-            at += len(line)
-            yield parse_line(line, title_in_xml)
-
-
-def jsonl_pieces(path: Path, title_in_xml: bool = False) -> Iterator[Piece]:
-    size = path.stat().st_size
-    for start in range(0, size, PIECE_BYTES):
-        yield partial(read_range, path, start, min(start + PIECE_BYTES, size), title_in_xml)
-
-
-def line_pieces(lines: Iterable[bytes], title_in_xml: bool = False) -> Iterator[Piece]:
-    """Pieces of what can only be read from its beginning: they carry their lines with them."""
-    block, size = [], 0
-    for line in lines:
+def line_pieces(path: Path, lines: Iterable[bytes] | None = None, title_in_xml: bool = False) -> Iterator[Piece]:
+    """Yield the pieces of a file, or of the lines that something else makes of it. A piece carries its lines."""
+    block, size, first = [], 0, 1
+    for number, line in enumerate(lines or read_lines(path), 1):
         block.append(line)
         size += len(line)
         if size >= PIECE_BYTES:
-            yield partial(parse_lines, block, title_in_xml)
-            block, size = [], 0
+            yield partial(parse_lines, block, path, first, title_in_xml)
+            block, size, first = [], 0, number + 1
     if block:
-        yield partial(parse_lines, block, title_in_xml)
-
-
-def compressed_pieces(path: Path) -> Iterator[Piece]:
-    try:
-        with (gzip.open if path.suffix == ".gz" else bz2.open)(path) as file:
-            yield from line_pieces(iter(partial(read_line, file, path), b""))
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        yield partial(parse_lines, block, path, first, title_in_xml)
 
 
 def summaries_pieces(path: Path) -> Iterator[Piece]:
-    """The sample's lead sections: {title: {"extract": text, ...}, ...}."""
+    """Yield the pieces of the sample's lead sections: {title: {"extract": text, ...}, ...}."""
     leads = json.loads(path.read_bytes()).items()
-    return line_pieces(json.dumps({"title": title, "text": lead["extract"]}).encode() for title, lead in leads)
+    return line_pieces(path, (json.dumps({"title": title, "text": lead["extract"]}).encode() for title, lead in leads))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Parquet and plain text
+def need(module: str, requirement: str) -> None:
+    """Raise UserError with the command that installs a module, if it is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"this kind of input needs {module}: pip install {requirement}")
 
 
 def open_parquet(path: Path):
-    """A pyarrow.parquet.ParquetFile that reads as it goes, not a whole row group at once."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError("reading Parquet takes pyarrow: pip install pyarrow==26.0.1")
+    """Return a pyarrow.parquet.ParquetFile that reads bit by bit. Raises UserError if it has no titles and texts."""
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    types = {field.name: field.type for field in file.schema_arrow}
-    for name in ("title", "text"):
-        kind = types.get(name)
-        kind = kind.value_type if kind and pyarrow.types.is_dictionary(kind) else kind
-        if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-            columns = ", ".join(f"{field.name} of {field.type}" for field in file.schema_arrow)
-            raise UserError(f"{path}: expected a column {name!r} of strings; it has {columns}")
+    file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+    if not {"title", "text"} <= set(file.schema_arrow.names):
+        raise UserError(f"{path}: expected columns 'title' and 'text', found {', '.join(file.schema_arrow.names)}")
     return file
 
 
-def read_rows(path: Path, row_groups: list[int]) -> Iterator[Record]:
-    import pyarrow
-
-    try:
-        for batch in open_parquet(path).iter_batches(100, row_groups, ["title", "text"], use_threads=False):
-            titles, texts = (batch[name].cast(pyarrow.large_binary()).to_pylist() for name in ("title", "text"))
-            for title, text in zip(titles, texts):
-                if text is None or not (title or b"").strip():
-                    yield "without a title and a text"
-                    continue
-                try:
-                    record = title.decode(), text.decode()  # Parquet's writers do not all check this
-                except UnicodeDecodeError:
-                    record = "not UTF-8"
-                yield record
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+def read_rows(path: Path, group: int) -> Iterator[tuple[str, Record]]:
+    with naming(path):
+        batches = open_parquet(path).iter_batches(100, [group], ["title", "text"], use_threads=False)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{path}, row {number} of group {group}", as_record(row["title"], row["text"])
 
 
-def parquet_pieces(path: Path) -> Iterator[Piece]:
-    metadata = open_parquet(path).metadata
-    groups, size = [], 0
-    for number in range(metadata.num_row_groups):
-        groups.append(number)
-        size += metadata.row_group(number).total_byte_size
-        if size >= PIECE_BYTES or number == metadata.num_row_groups - 1:
-            yield partial(read_rows, path, groups)
-            groups, size = [], 0
+def parquet_pieces(path: Path) -> list[Piece]:
+    need("pyarrow", "pyarrow==26.0.1")
+    with naming(path):
+        return [partial(read_rows, path, group) for group in range(open_parquet(path).num_row_groups)]
 
 
-def read_texts(paths: list[Path]) -> Iterator[Record]:
+def read_texts(paths: list[Path]) -> Iterator[tuple[str, Record]]:
     for path in paths:
-        try:
-            path.stem.encode()
-            yield path.stem, path.read_bytes().decode("utf-8-sig")
-        except UnicodeError as error:
-            raise UserError(f"{path} is not UTF-8: {error}") from error
+        with naming(path):
+            path.stem.encode()  # a file's name need not be UTF-8
+            yield str(path), as_record(path.stem, path.read_bytes().decode("utf-8-sig"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Dumps
 
-# Runs a command in a process group that dies with us, however we die: a shell in that group waits for the end
-# of its input, a pipe whose other end only we hold, and then kills the group.
-DIE_WITH_US = 'exec 3<&0; (read line <&3; kill -KILL 0) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null'
+# wikiextractor would outlive this program and wait forever. So a shell in its process group waits for the end of a
+# pipe, which only this program holds open, and then kills the group.
+DIE_WITH_US = 'exec 3<&0; (read end <&3; kill -KILL 0) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null'
+
+
+def is_cut_off(path: Path) -> bool:
+    """Return whether a dump lacks its end: wikiextractor would hang on the bzip2, and not notice in the XML."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 100))
+        end = file.read()
+    if path.suffix != ".bz2":
+        return b"</mediawiki>" not in end
+    # bzip2 ends with 48 bits that mark the end, 32 of a checksum, and up to 7 that fill the last byte.
+    return all((int.from_bytes(end) >> (32 + fill)) % (1 << 48) != 0x177245385090 for fill in range(8))
 
 
 def dump_pieces(path: Path) -> Iterator[Piece]:
-    """The articles of a MediaWiki dump, through wikiextractor: AGPL, so run as a program and never imported.
+    """Yield the pieces of a MediaWiki dump, by wikiextractor: AGPL, so run as a program and never imported.
 
-    --html-safe '' keeps it from escaping "&"; titles it leaves as in XML, so they are unescaped here.
-    --no-templates: else it reads the dump twice, and a text depends on which templates are in the same file.
-    An article whose title begins with the name of the dump's template namespace (in English, "Template") it leaves out.
+    --html-safe '' keeps it from escaping "&" in texts; it leaves titles as in XML. Without --no-templates it reads a
+    dump twice, and a text depends on which templates are in the same file. It drops titles that begin with "Template".
+    It can hang, for instance when one of its processes is killed.
     """
-    if importlib.util.find_spec("wikiextractor") is None:
-        raise UserError("reading a dump takes wikiextractor: pip install wikiextractor==3.1.0")
-    if path.suffix != ".bz2" and b"</mediawiki>" not in last_bytes(path):  # of which it would say nothing
-        raise UserError(f"{path} is cut off: it does not end with </mediawiki>")
-    flags = ["--json", "-o", "-", "--html-safe", "", "--no-templates", "--quiet"]
-    command = [sys.executable, "-m", "wikiextractor.WikiExtractor", *flags, str(path.resolve())]
-    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
-    process = subprocess.Popen(["sh", "-c", DIE_WITH_US, "sh", *command], start_new_session=True, **pipes)
-    failures: list[str] = []
-    watchers = [threading.Thread(target=watch, args=(process, failures), daemon=True)
-                for watch in (watch_messages, watch_processes)]
-    for watcher in watchers:
-        watcher.start()
-    try:
-        yield from line_pieces(process.stdout, title_in_xml=True)
-    finally:
-        process.stdin.close()
-        process.wait()
-        for watcher in watchers:
-            watcher.join()
-    if failures or process.returncode != 0:
-        reason = failures[0] if failures else f"exit status {process.returncode}"
-        raise UserError(f"{path}: wikiextractor failed: {reason}")
-
-
-def last_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 100))
-        return file.read()
-
-
-# When a process of wikiextractor's has died, it waits for ever, or ends well with articles missing. So it is watched in
-# two ways, and ended, by closing its input, as soon as something is wrong.
-
-
-def watch_messages(process: subprocess.Popen, failures: list[str]) -> None:
-    """For a traceback (of a truncated dump, say) or what it says itself of missing articles."""
-    in_traceback = False
-    for line in process.stderr:
-        message = line.decode(errors="replace").rstrip()
-        if (in_traceback and message and not message[0].isspace()) or "REDUCER_EXIT incomplete" in message:
-            failures.append(message)
-            process.stdin.close()
-        in_traceback = in_traceback or message.startswith("Traceback")
-
-
-def watch_processes(process: subprocess.Popen, failures: list[str]) -> None:
-    """For processes that were killed, which leave no message."""
-    while process.poll() is None:
-        if killed_child(process.pid):
-            failures.append("one of its processes was killed (for want of memory?)")
-            break
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)
-    process.stdin.close()
-
-
-def killed_child(pid: int) -> bool:
-    """Whether a signal has ended a child of this process, which has not taken notice (where there is a /proc)."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        stats = [Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split() for child in children]
-    except OSError:
-        return False
-    return any(stat[0] == "Z" and int(stat[-1]) & 127 for stat in stats)
+    need("wikiextractor", "wikiextractor==3.1.0")
+    if is_cut_off(path):
+        raise UserError(f"{path} is cut off")
+    flags = ["--json", "--html-safe", "", "--no-templates", "--quiet", "-o", "-", str(path.resolve())]
+    command = ["sh", "-c", DIE_WITH_US, "sh", sys.executable, "-m", "wikiextractor.WikiExtractor", *flags]
+    messages = tempfile.TemporaryFile()
+    with Popen(command, stdin=PIPE, stdout=PIPE, stderr=messages, start_new_session=True) as extractor:
+        yield from line_pieces(path, extractor.stdout, title_in_xml=True)
+        extractor.wait()
+    messages.seek(0)
+    said = messages.read().decode(errors="replace").strip()
+    # It may lose a process, and articles, and end with status 0.
+    if extractor.returncode != 0 or "Traceback" in said or "incomplete" in said:
+        raise UserError(f"{path}: wikiextractor failed: {said[-300:]}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Any input
 
-KINDS = {  # how a file is read, by its name
-    "*.jsonl": jsonl_pieces,
-    "wiki_[0-9][0-9]": partial(jsonl_pieces, title_in_xml=True),  # what wikiextractor calls its files
-    "*.jsonl.gz": compressed_pieces,
-    "*.jsonl.bz2": compressed_pieces,
+KINDS = {  # what cuts a file into pieces, by the file's name
+    "*.jsonl": line_pieces,
+    "*.jsonl.gz": line_pieces,
+    "*.jsonl.bz2": line_pieces,
+    "wiki_[0-9][0-9]": partial(line_pieces, title_in_xml=True),  # wikiextractor's own files
     "*.parquet": parquet_pieces,
-    "*.txt": None,  # many to a piece
+    "*.txt": None,  # a piece holds many
     "*.xml": dump_pieces,
     "*.xml*.bz2": dump_pieces,
     "summaries_*.json": summaries_pieces,
@@ -276,63 +195,36 @@ KINDS = {  # how a file is read, by its name
 
 
 def kind_of(path: Path) -> str | None:
-    """The pattern in KINDS that a file's name matches."""
+    """Return the pattern in KINDS that a file's name matches."""
     return next((pattern for pattern in KINDS if fnmatch(path.name, pattern)), None)
 
 
-def files_at(given: str) -> list[Path]:
-    """The files that an input names, sorted: itself, all of a known kind in a directory, or what a glob matches."""
-
-    def refuse(error: OSError) -> None:  # os.walk would pass over a directory that it cannot read
-        raise error
-
-    path = Path(given)
-    if path.is_dir():
-        found = [Path(parent, name) for parent, _, names in os.walk(path, onerror=refuse) for name in names]
-        return sorted(file for file in found if file.is_file() and kind_of(file))
-    return [path] if path.exists() else [Path(match) for match in sorted(glob.glob(given, recursive=True))]
-
-
 def find_files(inputs: list[str]) -> list[Path]:
-    """The files that the inputs name, each once. Raises UserError for a name that leads to none, and for a file or
-    directory that cannot be read."""
-    found = []
+    """Return the files that the inputs name, each once, in order: those of a directory or a glob are sorted."""
+    found = {}
     for given in inputs:
-        try:
-            paths = files_at(given)
-        except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}") from error
+        path = Path(given)
+        paths = [path] if path.exists() else [Path(match) for match in glob.glob(given, recursive=True)]
+        if path.is_dir():
+            paths = [file for file in path.rglob("*") if kind_of(file) and file.is_file()]
         if not paths:
-            raise UserError(f"{given}: no file of articles in it" if Path(given).is_dir() else f"{given}: no such file")
-        found += paths
-    for path in found:
-        if not os.path.isfile(path) or not os.access(path, os.R_OK):
-            raise UserError(f"{path}: not a file that can be read")
+            raise UserError(f"{given}: there is no file of articles")
+        found |= {file.resolve(): file for file in sorted(paths)}
+    for path in found.values():
         if kind_of(path) is None:
             raise UserError(f"{path}: of no known kind, which are .jsonl (.gz, .bz2), .parquet, .txt, .xml (.bz2)")
-    return list({path.resolve(): path for path in found}.values())
-
-
-def group(files: list[Path]) -> list[list[Path]]:
-    """Files to read one after the other: each alone, but .txt that follow each other some PIECE_BYTES together."""
-    groups, size = [], 0
-    for path in files:
-        is_text = kind_of(path) == "*.txt"
-        if not (is_text and groups and kind_of(groups[-1][-1]) == "*.txt" and size < PIECE_BYTES):
-            groups.append([])
-            size = 0
-        groups[-1].append(path)
-        size += path.stat().st_size
-    return groups
-
-
-def identity(files: list[Path]) -> tuple:
-    """What decides the pieces of a group: its files, as far as their sizes and times tell, and how they are cut."""
-    stats = [path.stat() for path in files]
-    return PIECE_BYTES, [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in zip(files, stats)]
+    return list(found.values())
 
 
 def pieces(files: list[Path]) -> Iterator[Piece]:
-    """The pieces of a group. Raises UserError for a damaged file, and the pieces do too."""
-    cut = KINDS[kind_of(files[0])]
-    return cut(files[0]) if cut else iter([partial(read_texts, files)])
+    """Yield all pieces of all files, in order. Raises UserError for an empty or damaged file; so does a piece."""
+    for kind, group in groupby(files, kind_of):
+        if kind == "*.txt":
+            while texts := list(islice(group, 100)):  # one small file would be too small a piece
+                yield partial(read_texts, texts)
+        for path in group:
+            piece = None
+            for piece in KINDS[kind](path):
+                yield piece
+            if piece is None:
+                raise UserError(f"{path}: no article in it")

@@ -1,141 +1,118 @@
-"""A trained model as a directory that transformers opens offline: Qwen3ForCausalLM with GPT-2's tokenizer.
+"""Export a trained model as a folder that transformers opens offline: Qwen3ForCausalLM with GPT-2's tokenizer.
 
     python export.py out/run --to hf/run
 
-model.safetensors, config.json    out_dir/best.pt in float32; what model.py computes is what Qwen3ForCausalLM computes
-tokenizer.json, vocab.json, ...   GPT-2's vocabulary, with <|endoftext|> put before a text, as before every article
-generation_config.json            how sample.py samples
+model.safetensors, config.json    out_dir/best.pt in float32, in the form of Qwen3ForCausalLM, which is model.py's
+tokenizer.json, vocab.json, ...   GPT-2's vocabulary; a text begins with <|endoftext|>, as every article did in training
+generation_config.json            the defaults of sample.py
 README.md                         the model card: curriculum, data, validation, licence of the text
 
-The directory gets its name once all of it is on the disk and transformers has computed our logits from it.
+At the end transformers computes the logits of a window from the folder, which must equal model.py's.
 """
 
-import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 from tiktoken.load import read_file_cached
 
-from checkpoint import load_model
+from checkpoint import load_model, read_log
 from curriculum import Curriculum, format_table, short
-from dataset import ENDOFTEXT, VOCAB_SIZE, read_meta
-from errors import CommandLine, UserError, user_errors
+from data import ENDOFTEXT, VOCAB_SIZE, read_meta
+from evaluate import eval_table
 from model import GPT
 from packages import GPT2_URL, gpt2_encoding
 from sample import TEMPERATURE, TOP_K
-from validate import eval_table
+from settings import CommandLine, UserError, user_errors
 
-QWEN3_NAMES = {"embed.": "embed_tokens.", "blocks.": "layers.", ".attn.": ".self_attn.",
-               ".attn_norm.": ".input_layernorm.", ".mlp_norm.": ".post_attention_layernorm."}  # fmt: skip
+try:
+    import transformers
+    from safetensors import SafetensorError
+except ImportError:
+    transformers = None  # main() says what is missing
 
 CARD = Path(__file__).with_name("model_card.md")  # with {names} to fill in
+QWEN3_NAMES = {"embed.": "embed_tokens.", "blocks.": "layers.", ".attn.": ".self_attn."}
+QWEN3_NAMES |= {".attn_norm.": ".input_layernorm.", ".mlp_norm.": ".post_attention_layernorm."}
 
 
 def write_model(folder: Path, model: GPT) -> None:
-    """The weights, what they are the weights of, and how to sample."""
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-
+    """Write the weights, the form of the model, and how to sample from it."""
     config = model.config
-    qwen3 = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_hidden,
-        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_head,
-        head_dim=config.head_dim, max_position_embeddings=model.max_seq_len, rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base}, tie_word_embeddings=True,
-        bos_token_id=ENDOFTEXT, eos_token_id=ENDOFTEXT))  # fmt: skip
+    sizes = {"vocab_size": config.vocab_size, "hidden_size": config.n_embd, "intermediate_size": config.n_hidden}
+    layers = {"num_hidden_layers": config.n_layer, "rms_norm_eps": config.norm_eps, "tie_word_embeddings": True}
+    heads = {"num_attention_heads": config.n_head, "num_key_value_heads": config.n_head, "head_dim": config.head_dim}
+    positions = {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}}
+    positions["max_position_embeddings"] = model.max_seq_len
+    ends = {"bos_token_id": ENDOFTEXT, "eos_token_id": ENDOFTEXT}
+    qwen3 = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, **layers, **heads, **positions, **ends))
     weights = model.state_dict()
-    for ours, theirs in QWEN3_NAMES.items():
-        weights = {name.replace(ours, theirs): weight for name, weight in weights.items()}
+    for name, qwen3_name in QWEN3_NAMES.items():
+        weights = {key.replace(name, qwen3_name): weight for key, weight in weights.items()}
     qwen3.model.load_state_dict(weights)  # the head is the embedding
-    qwen3.generation_config = GenerationConfig(
-        do_sample=True, temperature=TEMPERATURE, top_k=TOP_K, bos_token_id=ENDOFTEXT, eos_token_id=ENDOFTEXT,
-        pad_token_id=ENDOFTEXT, suppress_tokens=list(range(VOCAB_SIZE, config.vocab_size)))  # fmt: skip
+    padding = list(range(VOCAB_SIZE, config.vocab_size))
+    sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K, "suppress_tokens": padding}
+    qwen3.generation_config = transformers.GenerationConfig(**sampling, **ends, pad_token_id=ENDOFTEXT)
     qwen3.save_pretrained(folder)
 
 
 def write_tokenizer(folder: Path, max_seq_len: int) -> None:
-    """GPT-2's two files, by the names that transformers has for them, and what it makes of them."""
-    from transformers import GPT2Tokenizer
-
+    """Write GPT-2's two files, under the names that transformers has for them, and the tokenizer made of them."""
     gpt2_encoding()  # after this tiktoken has the files, checked
     files = [folder / "vocab.json", folder / "merges.txt"]
     for path, original in zip(files, ("encoder.json", "vocab.bpe")):
         path.write_bytes(read_file_cached(GPT2_URL + original))
-    # split_special_tokens: "<|endoftext|>" in a text is plain characters, as in the shards. Padded on the left, a batch
-    # of prompts is gone on from where each ends.
-    GPT2Tokenizer(*map(str, files), add_bos_token=True, split_special_tokens=True, padding_side="left",
-                  pad_token="<|endoftext|>", model_max_length=max_seq_len).save_pretrained(folder)  # fmt: skip
+    # split_special_tokens: "<|endoftext|>" in a text is plain characters, as in the shards. Prompts of a batch are
+    # padded on the left, so that each text continues from the end of its prompt.
+    how = {"add_bos_token": True, "split_special_tokens": True, "padding_side": "left", "pad_token": "<|endoftext|>"}
+    transformers.GPT2Tokenizer(*map(str, files), **how, model_max_length=max_seq_len).save_pretrained(folder)
 
 
 def model_card(name: str, model: GPT, state: dict, out_dir: Path) -> str:
-    """Raises UserError if the run's log does not hold the evaluation that best.pt is the model of."""
-    config, step, log = state["config"], state["step"], out_dir / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if os.path.exists(log) else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may still be in the writing
-    evaluations = [record for record in records if record["event"] == "eval" and record["step"] <= step]
+    """Return model_card.md filled in. Raises UserError if the run's log lacks the evaluation of best.pt."""
+    config, step = state["config"], state["step"]
+    evaluations = [record for record in read_log(out_dir) if record["event"] == "eval" and record["step"] <= step]
     if not evaluations or evaluations[-1]["step"] != step:
-        raise UserError(f"{log} holds no evaluation after step {step:,}, which {out_dir}/best.pt is the model of")
-    curriculum = Curriculum(config["stages"], max(1, step))
-    rows = [[f"{s.start:,}", f"{s.seq_len:,}", f"{s.batch_size}", f"{config['learning_rate'] * s.lr_scale:.2g}"]
-            for s in curriculum.stages]  # fmt: skip
-    data = config["data_dir"]
-    if os.path.exists(Path(data) / "meta.json"):
+        raise UserError(f"{out_dir}/log.jsonl lacks the evaluation after step {step:,}, at which best.pt was saved")
+    curriculum, lr, data = Curriculum(config["stages"], max(1, step)), config["learning_rate"], config["data_dir"]
+    rows = [[f"{s.start:,}", f"{s.seq_len:,}", f"{s.batch_size}", f"{lr * s.lr_scale:.2g}"] for s in curriculum.stages]
+    if (Path(data) / "meta.json").exists():
         meta = read_meta(Path(data))
         train, val = (f"{s['articles']:,} articles ({short(s['tokens'])} tokens)" for s in meta["splits"].values())
         data = f"{train} to train on and {val} held out, from: {', '.join(source['file'] for source in meta['source'])}"
-    return CARD.read_text().format(
-        name=name, parameters=short(model.config.n_params), step=step, tokens=short(curriculum.tokens_before(step)),
-        max_seq_len=model.max_seq_len, vocab=VOCAB_SIZE, last=model.config.vocab_size - 1, data=data,
-        stages=format_table(["from step", "length", "batch", "learning rate"], rows),
-        last_len=config["stages"][-1][1], evaluations=eval_table(evaluations))  # fmt: skip
+    values = {"name": name, "model": model, "curriculum": curriculum, "step": step, "data": data}
+    values |= {"n_params": short(model.config.n_params), "tokens": short(curriculum.tokens_before(step))}
+    values["stages"] = format_table(["from step", "length", "batch", "learning rate"], rows)
+    return CARD.read_text().format(**values, evaluations=eval_table(evaluations), vocab_size=VOCAB_SIZE)
 
 
 @torch.no_grad()
 def largest_difference(folder: Path, model: GPT) -> float:
-    """Between our logits of a longest window and those of transformers, which knows nothing but the directory."""
-    from transformers import AutoModelForCausalLM
-
+    """Return how far transformers' logits of a longest window, computed from the folder alone, are from the model's."""
     tokens = torch.randint(VOCAB_SIZE, (1, model.max_seq_len), generator=torch.Generator().manual_seed(0))
-    ours, theirs = model(tokens), AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
-    difference = (theirs - ours).abs().max().item()
-    assert difference < 1e-2 * ours.abs().max(), f"transformers' logits differ by {difference}"  # rounding: 1e-4 of it
+    logits, qwen3_logits = model(tokens), transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    difference = (qwen3_logits - logits).abs().max().item()
+    assert difference < 1e-2 * logits.abs().max(), f"transformers' logits differ by {difference}"
     return difference
 
 
 def main() -> None:
-    parser = CommandLine(description="out_dir/best.pt as a directory that transformers opens.")
+    parser = CommandLine(description="Export out_dir/best.pt as a folder that transformers opens.")
     parser.add_argument("out_dir", type=Path, help="of the training run")
-    parser.add_argument("--to", type=Path, required=True, help="the directory to make")
+    parser.add_argument("--to", type=Path, required=True, help="the folder to make")
     args = parser.parse_args()
-    try:
-        from transformers.utils import logging
-    except ImportError as error:
-        raise UserError("an export takes transformers and safetensors: pip install transformers safetensors") from error
-    logging.disable_progress_bar()
+    if transformers is None:
+        raise UserError("an export takes transformers and safetensors: pip install transformers safetensors")
+    transformers.utils.logging.disable_progress_bar()
     model, state = load_model(args.out_dir / "best.pt")
     card = model_card(args.to.name, model, state, args.out_dir)
     try:
-        if args.to.exists():
-            raise UserError(f"{args.to} exists: remove it or give another --to")
-        args.to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{args.to.name}.unfinished.", dir=args.to.parent) as unfinished:
-            folder = Path(unfinished) / "export"
-            folder.mkdir()
-            write_model(folder, model)
-            write_tokenizer(folder, model.max_seq_len)
-            (folder / "README.md").write_text(card)
-            difference = largest_difference(folder, model)
-            for path in folder.iterdir():
-                path.chmod((folder / "README.md").stat().st_mode)  # safetensors lets nobody else read the weights
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            folder.rename(args.to)
-    except Exception as error:
-        if not isinstance(error, OSError) and "os error" not in str(error):  # safetensors' and tokenizers' word for it
-            raise
-        raise UserError(f"cannot write {args.to}: {getattr(error, 'strerror', None) or error}") from error
-    print(f"{args.to}: the logits of transformers differ from ours by at most {difference:.1e}")
+        args.to.mkdir(parents=True)
+        write_model(args.to, model)
+        write_tokenizer(args.to, model.max_seq_len)
+        (args.to / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot export: {error}") from error
+    print(f"{args.to}: transformers' logits differ by at most {largest_difference(args.to, model):.1e}")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,34 @@
-"""The GPT: its layers, its first weights, what a token costs, and the cache for generating. Positions are `rotate`.
+"""The GPT: its layers, its loss, its first weights, its key/value cache, and what is chosen for the machine.
 
     tokens (B, T) -> embedding (B, T, C) -> n_layer x [ x += attention(norm(x)); x += mlp(norm(x)) ] -> norm
                   -> logits (B, T, V), by the embedding's own weights
 
-B sequences of T tokens, width C = n_embd, H = n_head heads of D = C / H, V = vocab_size (GPT-2's 50,257 padded
-to 50,304: a multiple of 128, which matrix units like).
-
-The form is exactly that of Hugging Face's Qwen3ForCausalLM (pre-norm RMSNorm, QK-norm, rotary positions, SwiGLU,
-no biases), so that transformers, vLLM and llama.cpp open an exported checkpoint, and so that an implementation
-which is not ours can check this one (tests/test_model.py).
+B sequences of T tokens, width C = n_embd, H = n_head heads of D = C / H, V = vocab_size. The form is exactly that of
+Hugging Face's Qwen3ForCausalLM: pre-norm RMSNorm, QK-norm, rotary positions, SwiGLU, no biases. So other tools open an
+exported checkpoint, and an independent implementation checks this one.
 """
 
+import ctypes
 import math
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loss import compiled, cross_entropy, score_targets
+from settings import UserError
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A model's form. The default is GPT-2 sized: 123.6M parameters. The first three are in every checkpoint; the rest
-    is this file's alone, so that with another value here an old checkpoint is another model."""
+    """A model's form. Checkpoints store the first three; changing another silently changes what an old one computes."""
 
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    vocab_size: int = 50304
+    vocab_size: int = 50304  # GPT-2's 50,257, padded to a multiple of 128, which matrix units like
     rope_base: float = 10000.0  # Su et al. 2021; kept at this size by Marek et al. and Semenov et al. 2025
     norm_eps: float = 1e-6
 
@@ -45,8 +44,7 @@ class GPTConfig:
     @property
     def n_matmul(self) -> int:
         """Parameters in matrix products: four projections and three of SwiGLU per layer, and the head."""
-        C = self.n_embd
-        return self.n_layer * (4 * C * C + 3 * C * self.n_hidden) + self.vocab_size * C
+        return (self.n_layer * (4 * self.n_embd + 3 * self.n_hidden) + self.vocab_size) * self.n_embd
 
     @property
     def n_params(self) -> int:
@@ -54,16 +52,13 @@ class GPTConfig:
         return self.n_matmul + self.n_layer * (2 * self.n_embd + 2 * self.head_dim) + self.n_embd
 
     def flops_per_token(self, seq_len: int) -> int:
-        """FLOPs to train on one token of a window of seq_len, forward and backward (PaLM's appendix B).
-
-        Each parameter in a matrix product multiplies and adds once forward and twice backward: 6. Attention's two
-        products, of T x D by D x T and T x T by T x D per head, make 12 * n_layer * n_embd * T, causal or not.
-        """
+        """Return the FLOPs to train on one token of a window of seq_len (PaLM's appendix B). Each weight of a product
+        multiplies and adds once forward and twice backward; so do attention's two products over seq_len positions."""
         return 6 * self.n_matmul + 12 * self.n_layer * self.n_embd * seq_len
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), in float32 whatever comes in."""
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), computed in float32."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -71,34 +66,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rotary positions (Su et al. 2021): turns the pairs (i, i + D/2) of x (B, H, T, D) by angles (T, D/2).
-
-    Each half is converted to dtype before they are joined, so that the compiled kernel writes nothing in float32.
-    """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat(((a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)), dim=-1)
-
-
-HAS_AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I) times weight (O, I) transposed. A CPU with AMX takes a single row as a vector: in bfloat16 that is
-    faster there, and slower on one without."""
-    is_slow = not HAS_AMX or x.device.type != "cpu"
-    if is_slow or torch.compiler.is_compiling() or x.numel() > x.shape[-1]:  # compiled, the rows are not known
-        return F.linear(x, weight)
-    return weight.mv(x.flatten().to(weight.dtype)).view(*x.shape[:-1], -1)
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.weight)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D/2) of x (B, H, T, D) by the angles of their positions (T, D/2) (Su et al. 2021)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)), dim=-1)
 
 
 class Attention(nn.Module):
@@ -108,27 +83,22 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.n_embd, config.head_dim
         self.head_dim = D
-        self.q_proj = Linear(C, C, bias=False)
-        self.k_proj = Linear(C, C, bias=False)
-        self.v_proj = Linear(C, C, bias=False)
-        self.o_proj = Linear(C, C, bias=False)
-        self.q_norm = RMSNorm(D, config.norm_eps)
-        self.k_norm = RMSNorm(D, config.norm_eps)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x (B, T, C) attends to itself or, given past, to keys and values (B, H, T', D): their last T are made x's."""
+        """Attend from x (B, T, C) to itself or, given past, to keys and values (B, H, T', D), whose last T it sets."""
         B, T, C = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-        dtype = v.dtype if past is None else torch.float32  # attention's, or the cache's
-        q, k = rotate(self.q_norm(q), cos, sin, dtype), rotate(self.k_norm(k), cos, sin, dtype)
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # fmt: skip
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if past is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             keys, values = past
             keys[:, :, -T:], values[:, :, -T:] = k, v
-            with torch.autocast(x.device.type, enabled=False):  # it would convert all of the past for each token
-                y = F.scaled_dot_product_attention(q, keys, values, is_causal=T == keys.shape[2])
+            with torch.autocast(x.device.type, enabled=False):  # autocast would convert all of the past for each token
+                y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, is_causal=T == keys.shape[2])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -137,9 +107,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gate_proj = Linear(config.n_embd, config.n_hidden, bias=False)
-        self.up_proj = Linear(config.n_embd, config.n_hidden, bias=False)
-        self.down_proj = Linear(config.n_hidden, config.n_embd, bias=False)
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -158,11 +128,53 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Cache:
-    """Every layer's keys and values of the `length` tokens seen so far, so that the next one costs only itself.
+@torch.compile(dynamic=True)
+def softmax_minus_one_hot_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return each row's cross-entropy (N,) in nats, and turn logits (N, V) in place into their gradient.
 
-    In float32 whatever the type of the matrix products: nothing is rounded a second time, and a CPU is faster at the
-    attention of a single query in float32 than in bfloat16.
+    The target's 1 is subtracted in float32, before rounding: a probability near 1 would lose its precision.
+    """
+    x = logits.float()
+    log_sums = x.logsumexp(1, keepdim=True)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    losses = log_sums.squeeze(1) - torch.where(is_target, x, 0.0).sum(1)  # torch 2.11 compiles a gather wrongly
+    logits.copy_((x - log_sums).exp() - is_target.float())
+    return losses
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Cross-entropy in nats, summed over targets (N,), of logits x @ weight.T: x (N, C), weight (V, C).
+
+    The forward pass computes all logits once and turns them in place into their gradient, softmax minus one-hot. The
+    backward pass is two products. So N * V values are all that is stored, in the type of x.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = x @ weight.to(x.dtype).T
+        losses = softmax_minus_one_hot_(logits, targets)
+        ctx.save_for_backward(x, weight, logits)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, grad_logits = ctx.saved_tensors
+        grad_x = grad_logits @ weight.to(x.dtype) * grad
+        grad_weight = grad_logits.T @ (x * grad)  # x is the smaller one to scale
+        return grad_x, grad_weight.to(weight.dtype), None
+
+
+@torch.compile(dynamic=True)
+def score_targets(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of N targets return its cross-entropy in nats, and whether its logit was the (first) largest."""
+    logits = F.linear(x, weight)
+    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+
+
+class Cache:
+    """Every layer's keys and values of the `length` tokens seen so far: the next token costs only itself.
+
+    In float32, in which a CPU attends from a single query faster than in bfloat16.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_seq_len: int, device: torch.device):
@@ -172,16 +184,17 @@ class Cache:
 
 
 class GPT(nn.Module):
-    """max_seq_len is the longest window that it can be given: no weight depends on it."""
+    """The model, for windows of up to max_seq_len; no weight depends on that. on_machine sets its two types."""
 
     def __init__(self, config: GPTConfig, max_seq_len: int):
         super().__init__()
-        self.config = config
-        self.max_seq_len = max_seq_len
+        self.config, self.max_seq_len = config, max_seq_len
+        self.dtype = torch.float32  # of matrix products: every method computes under autocast in it
+        self.stream = torch.float32  # of the residual stream
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        # 1 / base ** x as transformers has it, not base ** -x: rounded alike, an export's logits are ours to the bit.
+        # 1 / base ** x as transformers has it, not base ** -x: so an export's logits equal these to the bit.
         frequencies = 1.0 / config.rope_base ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
         angles = torch.arange(max_seq_len)[:, None] * frequencies  # (T, D/2)
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -189,53 +202,103 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """All weights, as in GPT-2 (Radford et al. 2019):
-
-        embedding, q, k, v, gate, up    normal, standard deviation 0.02
-        o, down                         normal, 0.02 / sqrt(2 * n_layer): 2 * n_layer of them add up in the residual
-        norms                           1
-        """
+        """Set all weights as in GPT-2 (Radford et al. 2019): norms 1, the rest normal with deviation 0.02; o and down
+        with 0.02 / sqrt(2 * n_layer), since 2 * n_layer of them add up in the residual. Call it on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
-            if weight.ndim == 1:
-                weight.fill_(1.0)
-            else:
-                is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_output else 0.02
-                weight.normal_(std=std, generator=generator)
+            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_output else 0.02
+            weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(std=std, generator=generator)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head is given (B, T, C), of tokens (B, T)."""
-        T = tokens.shape[1]
-        x = self.embed(tokens)
+        """Return the head's input (B, T, C) for tokens (B, T), in the type of products."""
+        x, T = self.embed(tokens).to(self.stream), tokens.shape[1]
         for block in self.blocks:
+            if x.device.type == "cpu":  # else a single window would be compiled anew, which takes a CPU 10 s
+                torch._dynamo.decorators.mark_unbacked(x, 0)
             x = block(x, self.cos[:T], self.sin[:T])
-        return self.norm(x)
+        return self.norm(x).to(self.dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) of the token that follows each of tokens (B, T)."""
-        return F.linear(self.hidden(tokens), self.embed.weight)
+        """Return logits (B, T, V) of the token after each of tokens (B, T)."""
+        with self.autocast():
+            return F.linear(self.hidden(tokens), self.embed.weight)
 
     @torch.no_grad()
     def extend(self, cache: Cache, tokens: Tensor) -> Tensor:
-        """Logits (B, V) of the token that follows tokens (B, T), which follow those in the cache and join them.
+        """Append tokens (B, T) to those in the cache and return logits (B, V) of the token after them.
 
         T is 1 unless the cache is empty: several further tokens would see each other's future.
         """
         start, end = cache.length, cache.length + tokens.shape[1]
         assert (start == 0 or end == start + 1) and end <= cache.keys.shape[3]
-        x = self.embed(tokens).float()
-        for block, keys, values in zip(self.blocks, cache.keys, cache.values):
-            x = block(x, self.cos[start:end], self.sin[start:end], (keys[:, :, :end], values[:, :, :end]))
-        cache.length = end
-        return project(self.norm(x[:, -1]), self.embed.weight)
+        with self.autocast():
+            x = self.embed(tokens).to(self.stream)
+            for block, keys, values in zip(self.blocks, cache.keys, cache.values):
+                x = block(x, self.cos[start:end], self.sin[start:end], (keys[:, :, :end], values[:, :, :end]))
+            cache.length = end
+            return F.linear(self.norm(x[:, -1]), self.embed.weight)
 
     def loss(self, windows: Tensor) -> Tensor:
-        """Cross-entropy in nats, summed over the B * T targets of windows (B, T + 1)."""
-        return cross_entropy(self.hidden(windows[:, :-1]).flatten(0, 1), self.embed.weight, windows[:, 1:].flatten())
+        """Return the cross-entropy in nats, summed over the B * T targets of windows (B, T + 1)."""
+        with self.autocast():
+            x, targets = self.hidden(windows[:, :-1]), windows[:, 1:]
+            return CrossEntropy.apply(x.flatten(0, 1), self.embed.weight, targets.flatten())
 
+    @torch.no_grad()
     def score(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """For each target of windows (B, T + 1): its cross-entropy in nats, and whether it had the largest logit."""
-        x, targets = self.hidden(windows[:, :-1]), windows[:, 1:]
-        losses, hits = compiled(score_targets)(x.flatten(0, 1), self.embed.weight, targets.flatten())
-        return losses.view_as(targets), hits.view_as(targets)
+        """For each target of windows (B, T + 1) return its cross-entropy in nats, and whether its logit was largest."""
+        with self.autocast():
+            x, targets = self.hidden(windows[:, :-1]), windows[:, 1:]
+            losses, hits = score_targets(x.flatten(0, 1), self.embed.weight, targets.flatten())
+            return losses.view_as(targets), hits.view_as(targets)
+
+
+def on_machine(model: GPT, device: str = "auto", dtype: str = "auto", compile: bool = True) -> GPT:
+    """Move the model to a device and choose everything that depends on it. Raises UserError for what cannot be had.
+
+    'auto' is a GPU if there is one, and the type of products that is fast there. Under torchrun 'cuda' is the GPU with
+    the process's local rank.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        target = torch.device(device)
+        torch.zeros(1, device=target).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    is_cpu = target.type == "cpu"
+    if not is_cpu and target.index is not None:
+        torch.cuda.set_device(target)
+    if dtype == "auto" and is_cpu:  # without AMX, a CPU takes twice as long in bfloat16
+        dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+    elif dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if is_cpu:
+        # Stop glibc from returning freed memory to the kernel, for the next step needs it again: steps are 1.1 to 1.2
+        # times as fast, in a fifth to a third more memory (bench/log.md). Other C libraries have their own ways.
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").mallopt(-4, 0)  # M_MMAP_MAX: no block is apart from the heap ...
+            ctypes.CDLL("libc.so.6").mallopt(-1, -1)  # M_TRIM_THRESHOLD: ... which never shrinks
+    torch.use_deterministic_algorithms(is_cpu)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # that alone would make determinism slow
+    torch.set_float32_matmul_precision("high")  # TF32 for products that are float32 on a GPU
+    # Compile layer by layer, with sizes as symbols: one graph serves all layers and stages.
+    torch.compiler.set_stance("default" if compile else "force_eager")
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to be equal are different symbols
+    torch._dynamo.config.recompile_limit = 32  # a GPU may need 12 graphs; torch gives up at 8
+    for layer in (*model.blocks, model.norm):
+        layer.compile(dynamic=True)
+    model.to(target).dtype = getattr(torch, dtype)
+    if dtype == "bfloat16":  # half the memory traffic, with the same losses (bench/log.md); float16 would overflow
+        model.stream = torch.bfloat16
+    return model

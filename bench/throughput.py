@@ -1,122 +1,110 @@
-"""Training speed and memory beside what one would use instead: nanoGPT's train.py and transformers' GPT-2.
+"""Training speed and memory beside nanoGPT's train.py and transformers' GPT-2, and how a step's cost grows.
 
     python bench/throughput.py --nanogpt=PATH [--n_layer=4 --n_head=4 --n_embd=256 --tokens=2048] [--device=cpu]
     python bench/throughput.py --nanogpt=PATH --n_layer=12 --n_head=12 --n_embd=768 --tokens=16384 --apart
+    python bench/throughput.py --sweep=lengths|models|tokens      our step alone, and the exponent of its time
 
-For each stage's length: optimizer steps of one batch of real tokens, compiled, by every program in a process of its
-own, that take turns of --burst steps, --rounds times, so that a machine that slows down slows them all. (--apart: one
-process at a time, for models of which four do not fit in memory.) nanoGPT's train.py runs unchanged, as it configures
-itself, which is float32 on a CPU; and there, with its line for autocast changed to bf16. transformers' GPT-2 runs under
-bf16 autocast with sdpa and fused AdamW. Ours is train.py's own step with curriculum9's settings, Muon among them; and
-with --optimizer=adamw, which is what the others use.
+At each stage's length every program makes optimizer steps of one batch of real tokens, compiled, in a process of its
+own. They take turns of --burst steps, --rounds times: a machine that slows down slows all of them. With --apart, for
+less memory, a program takes all its turns before the next one starts. nanoGPT's train.py runs unchanged, as it
+configures itself (float32 on a CPU), and there also in bf16, with its line for autocast changed. transformers' GPT-2
+runs under bf16 autocast with sdpa and fused AdamW. Ours is train.py's step with its default settings, with Muon and
+with AdamW, which the others use.
 
-Printed: tokens/s, median and spread over rounds; MFU, as a share of a large product, in the type that ours takes, timed
-between the turns (on a known GPU: of its datasheet's bf16 peak); the largest memory each process ever held (of a GPU:
-what torch allocated); the ratio of each round, median, spread.
+MFU is a share of a large product timed between the turns, or of a known GPU's datasheet. Memory is the largest of the
+whole process, on a GPU what torch allocated. --to=FILE.json keeps the median tokens/s for bench/recipe.py.
 """
 
-import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from argparse import SUPPRESS, Namespace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-LENGTHS = [64, 128, 256, 512, 768, 1024, 1536, 2048]  # the nine stages' (the last two share one)
-
+from config import curriculum9  # noqa: E402
+from curriculum import PEAK_FLOPS, format_table  # noqa: E402
+from data import Dataset, open_dataset  # noqa: E402
+from model import GPT, GPTConfig, on_machine  # noqa: E402
+from optim import make_optimizers  # noqa: E402
+from parallel import Team  # noqa: E402
+from settings import CommandLine, Config, UserError, user_errors  # noqa: E402
+from train import train_step  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------------------
-# The programs, each in a process that takes as many steps as it is told to, and waits
+# The programs, each in a process that makes as many steps as it is told to, and waits
 
 
-def reset_peak(device: str) -> None:
-    import torch
+class Gate:
+    """What a program calls after every step. After a turn it reports, and waits to hear the next turn's steps.
 
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-
-
-def peak_gib(device: str) -> float:
-    """The largest memory so far, or since reset_peak: what torch allocated on a GPU, what the process held on a CPU."""
-    import torch
-
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-
-
-def gate(out, device: str) -> Callable[[], None]:
-    """A function to call after every step: after the last of a turn it reports the turn's seconds and the peak memory,
-    and waits to hear how many steps the next has. The first step is a turn of its own.
-
-    A turn has ended when the GPU has. Within it a program waits for the GPU as often as it would by itself.
+    The first step is a turn of its own. A turn ends when the GPU is done.
     """
-    import torch
 
-    left, since = 1, time.perf_counter()
+    def __init__(self, reports: TextIO, device: str):
+        self.reports, self.device, self.left, self.since = reports, device, 1, time.perf_counter()
 
-    def after_step() -> None:
-        nonlocal left, since
-        left -= 1
-        if left > 0:
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left > 0:
             return
-        if device != "cpu":
+        if self.device != "cpu":
             torch.cuda.synchronize()
-        out.write(f"{time.perf_counter() - since} {peak_gib(device)}\n")
-        out.flush()
+        print(time.perf_counter() - self.since, self.peak_gib(), file=self.reports, flush=True)
         wanted = sys.stdin.readline()
         if not wanted:
             os._exit(0)
-        left, since = int(wanted), time.perf_counter()
+        self.left, self.since = int(wanted), time.perf_counter()
 
-    return after_step
+    def peak_gib(self) -> float:
+        if self.device != "cpu":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def run_ours(args: argparse.Namespace, after_step: Callable[[], None], optimizer: str = "muon") -> None:
-    import train
-    from config import load_config
-    from dataset import open_dataset
+def set_up(config: Config, max_len: int) -> tuple[GPT, list, torch.amp.GradScaler, Dataset]:
+    """Return a new model on its machine, its optimizers and scaler, and the dataset, as train.py makes them."""
+    model = GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), max_len)
+    model.init_weights(config.seed)
+    on_machine(model, config.device, config.dtype, config.compile)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    return model, make_optimizers(model, config), scaler, open_dataset(config.data_dir, max_len)
 
-    config = load_config(["config/curriculum9.py", f"--n_layer={args.n_layer}", f"--n_head={args.n_head}",
-                          f"--n_embd={args.n_embd}", f"--device={args.device}", f"--data_dir={args.data_dir}",
-                          f"--optimizer={optimizer}"])  # fmt: skip
-    dataset = open_dataset(config.data_dir, 2048)
-    device = train.pick_device(config.device)
-    longest = max(2048, args.length)
-    model, optimizers, loss_of, _ = train.set_up(config, longest, device, train.pick_dtype(config.dtype, device))
+
+def run_ours(args: Namespace, after_step: Gate, optimizer: str) -> None:
+    keys = ("n_layer", "n_head", "n_embd", "device", "dtype", "data_dir")
+    config = Config(**{key: getattr(args, key) for key in keys}, optimizer=optimizer)
+    model, optimizers, scaler, data = set_up(config, args.length)
     for step in range(10**9):
-        windows = dataset.train.random_windows(args.length, args.batch, config.seed, step)
-        train.train_step(loss_of, model, optimizers, windows, 6e-4, config)
+        windows = data.train.random_windows(args.length, args.batch, config.seed, step)
+        train_step(model, optimizers, scaler, windows, 6e-4, config, Team())
         after_step()
 
 
-def run_transformers(args: argparse.Namespace, after_step: Callable[[], None]) -> None:
-    import numpy as np
-    import torch
+def run_transformers(args: Namespace, after_step: Gate) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.set_float32_matmul_precision("high")
-    shard = np.memmap(Path(args.data_dir) / "train_00000.bin", np.uint16, "r")
-    config = GPT2Config(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, vocab_size=50304,
-                        n_positions=args.length, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-                        attn_implementation="sdpa", use_cache=False)
+    data = open_dataset(args.data_dir, args.length)
+    shape = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "n_positions": args.length}
+    config = GPT2Config(**shape, vocab_size=50304, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False)
     model = GPT2LMHeadModel(config).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     compiled = torch.compile(model)
-    rng = np.random.default_rng(0)
-    while True:
-        starts = rng.integers(len(shard) - args.length, size=args.batch)
-        tokens = torch.from_numpy(np.stack([shard[i : i + args.length] for i in starts]).astype(np.int64))
-        tokens = tokens.to(args.device)
+    for step in range(10**9):
+        windows = data.train.random_windows(args.length - 1, args.batch, 0, step)  # it shifts them itself
+        tokens = torch.from_numpy(windows).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             loss = compiled(tokens, labels=tokens).loss
         loss.backward()
@@ -126,99 +114,106 @@ def run_transformers(args: argparse.Namespace, after_step: Callable[[], None]) -
         after_step()
 
 
-def run_nanogpt(args: argparse.Namespace, after_step: Callable[[], None], bf16: bool) -> None:
-    """Its train.py in its own folder, with a print that counts every line that reports a step."""
+def run_nanogpt(args: Namespace, after_step: Gate, bf16: bool) -> None:
+    """Run its train.py in a folder of its own, with a print that counts the lines that report a step."""
     source = (Path(args.nanogpt) / "train.py").read_text()
     if bf16:
-        changed = source.replace("nullcontext() if device_type == 'cpu' else ", "")
-        assert changed != source, "this train.py has another line for autocast"
-        source = changed
-
-    def print_line(*words: object, **kwargs: object) -> None:
-        if str(words[0]).startswith("iter "):
-            after_step()
-
+        source, unchanged = source.replace("nullcontext() if device_type == 'cpu' else ", ""), source
+        assert source != unchanged, "this train.py has another line for autocast"
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data" / "sample"
         data.mkdir(parents=True)
         for split in ("train", "val"):
-            (data / f"{split}.bin").symlink_to(Path(args.data_dir).resolve() / f"{split}_00000.bin")
+            (data / f"{split}.bin").symlink_to(Path(args.data_dir) / f"{split}_00000.bin")
+        (Path(folder) / "configurator.py").write_text((Path(args.nanogpt) / "configurator.py").read_text())
         os.chdir(folder)
         sys.path.insert(0, args.nanogpt)
-        sys.argv = ["train.py", "--dataset=sample", f"--device={args.device}", f"--block_size={args.length}",
-                    f"--batch_size={args.batch}", "--gradient_accumulation_steps=1", f"--n_layer={args.n_layer}",
-                    f"--n_head={args.n_head}", f"--n_embd={args.n_embd}", "--eval_iters=1",
-                    "--eval_interval=1000000", "--log_interval=1", f"--dtype={'bfloat16' if bf16 else 'float32'}"]
-        if not bf16 and args.device != "cpu":
-            sys.argv.pop()  # as it configures itself
-        (Path(folder) / "configurator.py").write_text((Path(args.nanogpt) / "configurator.py").read_text())
-        names = {"__name__": "__main__", "__file__": "train.py", "print": print_line}
-        exec(compile(source, "train.py", "exec"), names)
+        del sys.modules["model"]  # nanoGPT has a model.py, too
+        keys = {key: getattr(args, key) for key in ("device", "n_layer", "n_head", "n_embd")}
+        keys |= {"dataset": "sample", "block_size": args.length, "batch_size": args.batch, "eval_iters": 1,
+                 "gradient_accumulation_steps": 1, "eval_interval": 10**6, "log_interval": 1}  # fmt: skip
+        keys |= {"dtype": "bfloat16" if bf16 else "float32"} if args.device == "cpu" else {}
+        sys.argv = ["train.py", *(f"--{key}={value}" for key, value in keys.items())]
+        count = lambda *words, **_: after_step() if str(words[0]).startswith("iter ") else None  # noqa: E731
+        exec(compile(source, "train.py", "exec"), {"__name__": "__main__", "__file__": "train.py", "print": count})
 
 
-PROGRAMS: dict[str, Callable] = {
-    "ours": run_ours,
-    "ours, AdamW": lambda args, after_step: run_ours(args, after_step, "adamw"),
-    "nanoGPT": lambda args, after_step: run_nanogpt(args, after_step, bf16=False),
-    "nanoGPT bf16": lambda args, after_step: run_nanogpt(args, after_step, bf16=True),
+PROGRAMS = {
+    "ours": partial(run_ours, optimizer="muon"),
+    "ours, AdamW": partial(run_ours, optimizer="adamw"),
+    "nanoGPT": partial(run_nanogpt, bf16=False),
+    "nanoGPT bf16": partial(run_nanogpt, bf16=True),
     "transformers": run_transformers,
 }
-OURS = [name for name in PROGRAMS if name.startswith("ours")]
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The referee
 
 
+class Shape(NamedTuple):
+    n_layer: int
+    n_head: int
+    n_embd: int
+    length: int
+    tokens: int  # of a step
+
+
 class Player:
     """A program at work on one shape."""
 
-    def __init__(self, name: str, flags: list[str], length: int, batch: int):
-        words = [sys.executable, __file__, *flags, f"--play={name}", f"--length={length}", f"--batch={batch}"]
-        env = os.environ | {"PYTHONWARNINGS": "ignore"}
-        self.name = name
-        self.process = subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=None if "--verbose" in flags else subprocess.DEVNULL, text=True)
+    def __init__(self, name: str, shape: Shape):
+        flags = [f"--{key}={value}" for key, value in zip(("n_layer", "n_head", "n_embd", "lengths", "tokens"), shape)]
+        command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], *flags, f"--play={name}"]
+        pipe = subprocess.PIPE
+        self.name, self.process = name, subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
     def read(self) -> float:
-        """Seconds of the turn that it took. The first is one step, with its compilation, which nobody asks for."""
+        """Return the seconds of the turn that the program is at, and note its largest memory so far, in GiB."""
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} ended; --verbose shows why")
-        seconds, self.peak = map(float, line.split())
+            raise UserError(f"{self.name} has ended")
+        seconds, self.memory = map(float, line.split())
         return seconds
 
     def turn(self, steps: int) -> float:
-        """Seconds per step of so many."""
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
+        """Return the seconds per step of a turn."""
+        print(steps, file=self.process.stdin, flush=True)
         return self.read() / steps
 
-    def end(self) -> float:
-        """The largest memory it held, in GiB."""
-        self.process.kill()
-        self.process.wait()
-        return self.peak
+
+def take_turns(entrants: list[tuple[str, Shape]], args: Namespace) -> list[tuple[list[float], list[float], float]]:
+    """Return for each program and shape its seconds per step and the machine's peak, both by round, and its memory."""
+    players, seconds, peaks = [Player(*entrant) for entrant in entrants], [], []
+    for player in players:
+        player.read()  # the first step compiles; all do so at once
+    for player in players:
+        player.turn(2)  # the next ones find their memory
+    for _ in range(args.rounds):
+        seconds.append([player.turn(args.burst) for player in players])
+        peaks.append(peak_rate(args.device, args.taken))
+    for player in players:
+        player.process.kill()
+        player.process.wait()
+    return [(list(mine), peaks, player.memory) for mine, player in zip(zip(*seconds), players)]
 
 
-def peak_rate(device: str, dtype: object = None) -> float:
-    """FLOP/s of products in dtype, or the type that ours takes by itself: of bf16 on a known GPU the datasheet's, else
-    of a large product just now (best of five)."""
-    import torch
-
-    from train import peak_flops, pick_dtype
-
-    dtype = dtype or pick_dtype("auto", torch.device(device))
-    if device == "cuda" and dtype == torch.bfloat16 and (peak := peak_flops(torch.cuda.get_device_name())):
-        return peak
-    n = 4096 if device == "cpu" else 16384
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a large product in dtype, the best of five or of what two seconds allow."""
+    n = 2048 if device == "cpu" else 16384
     a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
-    best = float("inf")
-    for _ in range(5):
+    seconds = []
+    while len(seconds) < 5 and sum(seconds) < 2:
         started = time.perf_counter()
         torch.mm(a, b, out=c)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / min(seconds)
+
+
+def peak_rate(device: str, dtype: torch.dtype) -> float:
+    """Return the FLOP/s that an MFU is a share of: of bf16 on a known GPU the datasheet's, else a large product's."""
+    name = torch.cuda.get_device_name() if device != "cpu" else ""
+    return PEAK_FLOPS[name] if dtype == torch.bfloat16 and name in PEAK_FLOPS else product_rate(device, dtype)
 
 
 def spread(values: list[float], form: str) -> str:
@@ -226,82 +221,82 @@ def spread(values: list[float], form: str) -> str:
     return f"{middle} ({low}-{high})"
 
 
-def measure(args: argparse.Namespace, length: int, batch: int) -> list[list[str]]:
-    from model import GPTConfig
-
-    names = [name for name in PROGRAMS if args.nanogpt or "nanoGPT" not in name]
-    if args.device != "cpu" and args.nanogpt:
-        names.remove("nanoGPT bf16")  # it configures itself so
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    memory, rates = {}, []
-    if args.apart:
-        for _ in range(args.rounds):
-            for name in names:
-                player = Player(name, sys.argv[1:], length, batch)
-                player.read()  # the first step compiles
-                player.turn(1)  # the second finds its memory
-                seconds[name].append(player.turn(args.burst))
-                memory[name] = player.end()
-            rates.append(peak_rate(args.device))
-    else:
-        players = [Player(name, sys.argv[1:], length, batch) for name in names]
-        for player in players:  # all compile at once
-            player.read()
-        for player in players:
-            player.turn(args.burst)  # the first steps find their memory
-        for _ in range(args.rounds):
-            for player in players:
-                seconds[player.name].append(player.turn(args.burst))
-            rates.append(peak_rate(args.device))
-        memory = {player.name: player.end() for player in players}
-    flops = GPTConfig(args.n_layer, args.n_head, args.n_embd).flops_per_token(length) * length * batch
+def measure(entrants: list[tuple[str, Shape]], args: Namespace) -> tuple[list[list[str]], list[list[float]]]:
+    """Return a row of the table for each entrant, and its seconds per step. The first two entrants are ours."""
+    groups = [[entrant] for entrant in entrants] if args.apart else [entrants]
+    results = [result for group in groups for result in take_turns(group, args)]
     rows = []
-    for name in names:
-        row = [f"{length:,}", f"{batch}", name, spread([length * batch / s for s in seconds[name]], ",.0f")]
-        if name in OURS:
-            row += [spread([flops / s / rate for s, rate in zip(seconds[name], rates)], ".0%"), f"{memory[name]:.2f}"]
-            row += ["", "", ""]
-        else:
-            ratios = [[other / own for own, other in zip(seconds[ours], seconds[name])] for ours in OURS]
-            row += ["", f"{memory[name]:.2f}", *(spread(ratio, ".2f") for ratio in ratios)]
-            row += [f"{memory['ours'] / memory[name]:.2f}"]
+    for (name, shape), (seconds, peaks, gib) in zip(entrants, results):
+        model = GPTConfig(*shape[:3])
+        flops = model.flops_per_token(shape.length) * shape.tokens
+        mfu = spread([flops / s / peak for s, peak in zip(seconds, peaks)], ".0%") if name.startswith("ours") else ""
+        row = [f"{model.n_params / 1e6:.1f}M", f"{shape.length:,}", f"{shape.tokens:,}", name,
+               spread([shape.tokens / s for s in seconds], ",.0f"), mfu, f"{gib:.2f}"]  # fmt: skip
+        if not args.sweep:
+            row += [spread([s / own for own, s in zip(ours[0], seconds)], ".2f") for ours in results[:2]]
+            row.append(f"{results[0][2] / gib:.2f}")
         rows.append(row)
-    return rows
+    return rows, [seconds for seconds, *_ in results]
+
+
+def sweep_of(what: str) -> tuple[list[float], list[Shape]]:
+    """Return sizes and their shapes: by length or model at the same tokens a step, or by those tokens."""
+    powers, models = [2**i for i in range(8)], [(2, 2, 128), small := (4, 4, 256), (8, 8, 512), (12, 12, 768)]
+    if what == "lengths":
+        return [64 * n for n in powers], [Shape(*small, 64 * n, 8192) for n in powers]
+    if what == "tokens":
+        return [512 * n for n in powers[:6]], [Shape(*small, 256, 512 * n) for n in powers[:6]]
+    return [GPTConfig(*model).n_params for model in models], [Shape(*model, 512, 2048) for model in models]
+
+
+def exponent(sizes: list[float], seconds: list[list[float]]) -> str:
+    """Return the slope of log(seconds) over log(size), fitted to each round, by its spread."""
+    return spread([np.polyfit(np.log(sizes), np.log(one_round), 1)[0] for one_round in zip(*seconds)], ".2f")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nanogpt", help="a checkout of nanoGPT; without it, it is left out")
-    parser.add_argument("--n_layer", type=int, default=4)
-    parser.add_argument("--n_head", type=int, default=4)
-    parser.add_argument("--n_embd", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=2048, help="of an optimizer step")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser = CommandLine(description="Time training steps beside nanoGPT's and transformers'.")
+    parser.add_argument("--nanogpt", type=os.path.abspath, help="a checkout of nanoGPT; without it, it is left out")
+    for key, value in {"n_layer": 4, "n_head": 4, "n_embd": 256, "tokens": 2048, "rounds": 5, "burst": 4}.items():
+        parser.add_argument(f"--{key}", type=int, default=value)
+    parser.add_argument("--lengths", type=int, nargs="+", default=sorted({row[1] for row in curriculum9.stages}))
+    parser.add_argument("--sweep", choices=("lengths", "models", "tokens"), help="our step alone, over one size")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--data_dir", default="data/sample")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--burst", type=int, default=4)
-    parser.add_argument("--apart", action="store_true", help="one process at a time")
-    parser.add_argument("--verbose", action="store_true", help="show what the programs print on stderr")
-    for hidden, kind in (("--play", str), ("--length", int), ("--batch", int)):
-        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="auto", help="of our matrix products")
+    parser.add_argument("--data_dir", type=os.path.abspath, default="data/sample")
+    parser.add_argument("--apart", action="store_true", help="one program after the other")
+    parser.add_argument("--to", type=Path, help="file for the median rates")
+    parser.add_argument("--play", help=SUPPRESS)
     args = parser.parse_args()
-    args.data_dir = str(Path(args.data_dir).resolve())  # a program may work in a folder of its own
-    args.nanogpt = args.nanogpt and str(Path(args.nanogpt).resolve())
     if args.play:
-        out = os.fdopen(os.dup(1), "w")
+        args.length, args.batch = args.lengths[0], max(1, args.tokens // args.lengths[0])
+        reports = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what a program prints is not taken for a report
-        return PROGRAMS[args.play](args, gate(out, args.device))
+        return PROGRAMS[args.play](args, Gate(reports, args.device))
 
-    from curriculum import format_table
-
-    header = ["\nlength", "\nbatch", "\nprogram", "\ntokens/s", "\nMFU", "peak\nGiB", "ours is\nfaster by",
-              "ours, AdamW,\nby", "our\nmemory"]
-    rows = []
+    args.taken = on_machine(GPT(GPTConfig(1, 1, 2), 1), args.device, args.dtype).dtype
+    bf16, float32 = (product_rate(args.device, dtype) / 1e12 for dtype in (torch.bfloat16, torch.float32))
+    print(f"ours runs in {args.taken}; a large product reaches {bf16:.3g} TFLOP/s in bf16, {float32:.3g} in float32")
+    header = ["parameters", "length", "tokens", "program", "tokens/s", "MFU", "GiB"]
+    if args.sweep:
+        sizes, shapes = sweep_of(args.sweep)
+        rows, seconds = measure([("ours", shape) for shape in shapes], args)
+        return print(format_table(header, rows), f"exponent of a step's time: {exponent(sizes, seconds)}", sep="\n")
+    left_out = ("nanoGPT",) if not args.nanogpt else ("nanoGPT bf16",) if args.device != "cpu" else ()  # the same there
+    names = [name for name in PROGRAMS if not name.startswith(left_out)]
+    table, rates = [], {}
     for length in args.lengths:
-        rows += measure(args, length, max(1, args.tokens // length))
-        print(format_table(header, rows) if length == args.lengths[-1] else f"length {length} done", flush=True)
+        shape = Shape(args.n_layer, args.n_head, args.n_embd, length, max(1, args.tokens // length) * length)
+        rows, seconds = measure([(name, shape) for name in names], args)
+        table += rows
+        for name, mine in zip(names, seconds):
+            rates.setdefault(name, {})[length] = shape.tokens / statistics.median(mine)
+        print(f"length {length:,} done", flush=True)
+    print(format_table([*header, "ours is faster by", "ours, AdamW, by", "our memory"], table))
+    if args.to:
+        args.to.write_text(json.dumps({"dtype": str(args.taken), "tokens_per_s": rates}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

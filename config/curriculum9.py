@@ -5,7 +5,7 @@ python train.py config/curriculum9.py --data_dir=data/wiki --out_dir=out/curricu
 
 out_dir = "out/curriculum9"
 
-# The table is the plan's. On small models and 0.6M tokens (bench/RESULTS.md) lengths that double end 0.10 nats lower,
+# The table is the plan's. On small models and 0.6M tokens (bench/log.md) lengths that double end 0.10 nats lower,
 # and a rate that falls linearly 0.04 lower than by these factors. That is far from this size: sprint.py tries lengths
 # that double and a long fall.
 #
@@ -26,7 +26,7 @@ max_steps = 100_000
 # Published best rates of Muon at 124M to 130M, in batches 32 times ours, are 1.8e-3 to 3.6e-3 (modded-nanogpt's records
 # of October 2024; Wen et al. 2025). Smaller batches want smaller ones: by the square root that makes 0.3e-3 to 0.6e-3,
 # by the power 0.3, as AdamW's best rates fall (Marek et al. 2025), 0.6e-3 to 1.3e-3. The table's factors average 0.9.
-# Our own small models make it 0.45e-3 to 0.7e-3, from much further away (bench/RESULTS.md). Initialisation and rotary
+# Our own small models make it 0.45e-3 to 0.7e-3, from much further away (bench/log.md). Initialisation and rotary
 # base are model.py's, with their sources there.
 learning_rate = 6e-4
 # The table's first rate, 6.8e-3, is above all of these. At 130M AdamW diverged at 8e-3 with 500 steps of warmup and did
@@ -35,7 +35,7 @@ warmup_steps = 1_000
 weight_decay = 0.1  # with Muon at 130M better than 0 by 0.06 nats and than 0.2 by 0.01 (Wen et al. 2025)
 # A steady rate with a cooldown does as well as cosine (Haegele et al. 2024). A fifth of the steps is chosen: on small
 # models it gained 0.016 and 0.03 nats and a half lost 0.02, one seed each, which is what seeds differ by
-# (bench/RESULTS.md).
+# (bench/log.md).
 cooldown_steps = 20_000
 phases = (("foundation", 12_000), ("comprehension", 35_000), ("mastery", 100_000))
 

@@ -1,12 +1,11 @@
 """A forecast, not a measurement: a table as short as perplexity 25 at length 2,048 allows, by published curves.
 
 python train.py config/sprint.py --data_dir=data/wiki
-python bench/forecast.py config/sprint.py          what is expected of it, from what, and how uncertain that is
 
-Nobody has run it yet, and that it gets there is an even chance. 65,000 steps of 16,384 tokens, 1,065M in all. Lengths
-double, each for some quarter of the tokens: the best of those tried on small models (bench/RESULTS.md), which the
-forecast leaves out. The rate stays, then falls to nothing: in the curve that the forecast rests on, that fall is worth
-0.09 nats. The first length, the factors and the rate are chosen.
+Nobody has run it yet; the forecast gives it an even chance (bench/log.md has its sources and figures). 65,000 steps of
+16,384 tokens, 1,065M in all. Lengths double, each for about a quarter of the tokens: the best of those tried on small
+models (bench/log.md). The rate stays, then falls to nothing: in the curve behind the forecast that fall is worth 0.09
+nats. The first length, the factors and the rate are guesses.
 """
 
 out_dir = "out/sprint"

@@ -1,8 +1,12 @@
 """What the tests share: the real sample as a dataset, and a way to run the programs as a user does."""
 
+import contextlib
 import fcntl
 import hashlib
+import io
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,22 +20,30 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The longest tests first: else a core would idle while the other comes to its end with one of them."""
+    """Put the longest tests first: else one core idles while the other ends with one of them."""
     items.sort(key=lambda item: item.path.name not in ("test_train.py", "test_processes.py", "test_readme.py"))
+
+
+@pytest.fixture(autouse=True)
+def eager() -> None:
+    """Compile nothing unless the test itself asks `on_machine` for it: compiling takes a core 10 s and more."""
+    torch.compiler.set_stance("force_eager")
 
 
 @pytest.fixture(scope="session")
 def sample_dir() -> Path:
-    """data/sample: real articles, prepared if they are not there yet, by one of the processes that test."""
+    """data/sample: real articles. Of several pytest processes one prepares them, if they are not there yet."""
+    folder = ROOT / "data" / "sample"
     with open(ROOT / "pyproject.toml") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        subprocess.run([sys.executable, "prepare_wiki.py", "--sample", "--out", "data/sample"], cwd=ROOT, check=True)
-    return ROOT / "data" / "sample"
+        if not (folder / "meta.json").exists():
+            subprocess.run([sys.executable, "prepare_wiki.py", "--sample", "--out", folder], cwd=ROOT, check=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def small_dir(sample_dir, tmp_path_factory) -> Path:
-    """The first 40,000 tokens to train on and 4,200 held out of the sample, for runs of seconds."""
+    """The sample's first 40,000 tokens to train on and first 4,200 held-out ones, for runs of seconds."""
     folder = tmp_path_factory.mktemp("small")
     meta = {"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "splits": {}, "shards": []}
     for split, tokens in (("train", 40_000), ("val", 4_200)):
@@ -48,7 +60,7 @@ def small_dir(sample_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_program():
-    """Runs `python ARGS...` in the repository's folder; gives the finished process with its output as text."""
+    """Run `python ARGS...` in the repository's folder; return the finished process with its output as text."""
 
     def run(*args: object, **kwargs: object) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, args)]
@@ -58,6 +70,29 @@ def run_program():
     return run
 
 
+def call_program(program: str, *args: object) -> subprocess.CompletedProcess:
+    """Do what run_program does within this process, which saves the 5 s of importing torch."""
+    out, err, argv, status = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = [program, *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.argv = argv
+        release_logs()
+    return subprocess.CompletedProcess([program, *args], status, out.getvalue(), err.getvalue())
+
+
+def release_logs() -> None:
+    """Close the logs that runs of this process have open and locked, as the end of their own process would."""
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if link.readlink().name == "log.jsonl":
+                os.close(int(link.name))
+
+
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "warmup_steps": 0, "learning_rate": 1e-2, "device": "cpu"}
 SMALL |= {"compile": False, "dtype": "float32", "eval_tokens": 2_048, "log_interval": 1, "micro_batch_tokens": 4_096}
 FEW = ((0, 16, 8, 1.0), (10, 32, 4, 0.5), (20, 64, 3, 0.25))
@@ -65,7 +100,7 @@ FEW = ((0, 16, 8, 1.0), (10, 32, 4, 0.5), (20, 64, 3, 0.25))
 
 @pytest.fixture
 def config_file(tmp_path, small_dir):
-    """A config file of a small run over the sample: FEW for 30 steps."""
+    """The path of a config file: 30 steps of FEW over the sample."""
     keys = SMALL | {"data_dir": str(small_dir), "out_dir": str(tmp_path / "run"), "stages": FEW, "max_steps": 30}
     keys |= {"eval_interval": 8, "checkpoint_interval": 3}
     path = tmp_path / "small.py"
@@ -74,21 +109,26 @@ def config_file(tmp_path, small_dir):
 
 
 def as_qwen3(state: dict):
-    """The model of SMALL in a checkpoint as transformers' own, which is filled name by name."""
+    """Return a checkpoint's model as transformers' own Qwen3ForCausalLM, filled name by name."""
     transformers = pytest.importorskip("transformers")
+    config, weights = state["config"], state["model"]
+    heads, width = config["n_head"], config["n_embd"]
     qwen3 = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=50304, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        rms_norm_eps=1e-6, tie_word_embeddings=True, attention_bias=False))  # fmt: skip
-    names = {"embed": "model.embed_tokens", "blocks": "model.layers", "attn": "self_attn",
-             "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}  # fmt: skip
-    renamed = {}
-    for name, weight in state["model"].items():
-        head, *rest = [names.get(part, part) for part in name.split(".")]
-        renamed[".".join(["model.norm" if head == "norm" else head, *rest])] = weight
-    renamed["lm_head.weight"] = state["model"]["embed.weight"]
-    qwen3.load_state_dict(renamed)
-    return qwen3
+        vocab_size=len(weights["embed.weight"]), hidden_size=width, num_hidden_layers=config["n_layer"],
+        intermediate_size=len(weights["blocks.0.mlp.up_proj.weight"]), num_attention_heads=heads,
+        num_key_value_heads=heads, head_dim=width // heads, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, attention_bias=False,
+        attn_implementation="eager"))  # fmt: skip
+    renamed = {qwen3_name(name): weight for name, weight in weights.items()}
+    qwen3.load_state_dict(renamed | {"lm_head.weight": weights["embed.weight"]})
+    return qwen3.eval()
+
+
+def qwen3_name(name: str) -> str:
+    """Return transformers' name of a weight."""
+    names = {"embed": "embed_tokens", "blocks": "layers", "attn": "self_attn", "attn_norm": "input_layernorm",
+             "mlp_norm": "post_attention_layernorm"}  # fmt: skip
+    return ".".join(["model", *(names.get(part, part) for part in name.split("."))])
 
 
 def read_log(out_dir) -> list[dict]:
@@ -100,7 +140,7 @@ def without_times(records: list[dict]) -> list[dict]:
 
 
 def weights_and_moments(path) -> list[torch.Tensor]:
-    """Every tensor of a checkpoint, in a fixed order."""
+    """Return every tensor of a checkpoint, in a fixed order."""
 
     def tensors(value):
         if isinstance(value, torch.Tensor):

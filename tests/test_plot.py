@@ -1,12 +1,10 @@
-"""bench/plot.py: positions against closed forms, what is in the picture by its pixels, its failures."""
+"""bench/plot.py: positions against closed forms, what is in the picture by its pixels, the comparison, its failures."""
 
 import dataclasses
-import io
 import json
 import math
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,60 +12,70 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-import train
 from bench import plot
 from checkpoint import save_checkpoint
-from config import Config
 from model import GPT, GPTConfig
+from settings import Config, user_errors
 
-ROOT = Path(train.__file__).parent
-SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
-# Two stages: 10 steps of 4 windows of 64, then 10 of 3 windows of 128. Training is logged at every fifth step, and a
-# step takes one second in the first stage and three in the second.
+# Two stages: 10 steps of 4 windows of 64, then 10 of 3 windows of 128.
+STAGES = ((0, 64, 4, 1.0), (10, 128, 3, 0.5))
 FIRST, SECOND = 4 * 64, 3 * 128
 
 
-def make_log(out_dir: Path, worse: float = 0.0, plan: bool = False) -> Path:
+def falling(tokens: float) -> float:
+    return 9 - tokens / 2000
+
+
+def make_run(out_dir: Path, loss: Callable = falling, seconds: tuple = (1, 3), steps=20, plan=False, **keys) -> Path:
+    """A run whose loss after n tokens is loss(n), logged at every fifth step. A step takes `seconds` by its stage."""
+    config = Config(**{"n_layer": 1, "n_head": 2, "n_embd": 32, "stages": STAGES, "out_dir": str(out_dir)} | keys)
     records = []
-    for step in range(0, 21):
-        stage = 1 if step <= 10 else 2
-        common = {"step": step, "stage": stage, "seq_len": 64 * stage, "time_s": step + 2.0 * max(0, step - 10)}
-        tokens = FIRST * min(step, 10) + SECOND * max(0, step - 10)
+    for step in range(steps + 1):
+        before, after = min(step, 10), max(0, step - 10)
+        stage, tokens = 1 + (after > 0), FIRST * before + SECOND * after
+        time_s = seconds[0] * before + seconds[1] * after
+        common = {"step": step, "stage": stage, "seq_len": 64 * stage, "time_s": time_s}
         if step and step % 5 == 0:
-            more = {"event": "train", "batch_size": 5 - stage, "lr": 1e-3 / stage, "loss": 9 - step / 5}
-            records.append(common | more | {"tokens": tokens, "tokens_per_s": 250.0, "grad_norm": 1.0, "mfu": None})
+            more = {"batch_size": 5 - stage, "lr": 1e-3 / stage, "loss": 9 - step / 5, "tokens": tokens}
+            more |= {"tokens_per_s": 250.0, "grad_norm": 1.0, "mfu": None}
+            records.append({"event": "train"} | common | more)
         if step in (0, 7, 10, 12, 20):
-            ppl = 3000.0 / step if plan and step > 5 else None
-            more = {"event": "eval", "val_loss": 9 - step / 6 + worse, "last_len_loss": 9.5 - step / 6}
-            records.append(common | more | {"gap": 0.01 * step, "plan_ppl": ppl, "is_best": True})
+            more = {"val_loss": loss(tokens) - 0.5, "last_len_loss": loss(tokens), "gap": 0.01 * step, "is_best": True}
+            more["plan_ppl"] = 3000.0 / step if plan and step > 5 else None
+            records.append({"event": "eval"} | common | more)
+    records += [{"event": "skip", "step": steps, "loss": math.nan}, {"event": "final", "step": steps, "val_loss": 5.0}]
     out_dir.mkdir(exist_ok=True)
     (out_dir / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    save_checkpoint(out_dir / "best.pt", {"config": dataclasses.asdict(config), "step": steps, "model": {}})
     return out_dir
 
 
-def save_model(out_dir: Path, name: str) -> None:
-    save_checkpoint(out_dir / name, {"config": dataclasses.asdict(Config(**SHAPE)), "step": 20, "model": {}})
+def price(n_layer: int, seq_len: int) -> int:
+    """FLOPs of a token: PaLM's appendix B, from the weights that a model has."""
+    weights = sum(weight.numel() for weight in GPT(GPTConfig(n_layer, 2, 32), 64).parameters() if weight.ndim == 2)
+    return 6 * weights + 12 * n_layer * 32 * seq_len
 
 
-def flops_per_token(seq_len: int) -> int:
-    """PaLM's appendix B, from the weights that a model has."""
-    weights = sum(weight.numel() for weight in GPT(GPTConfig(**SHAPE), 64).parameters() if weight.ndim == 2)
-    return 6 * weights + 12 * SHAPE["n_layer"] * SHAPE["n_embd"] * seq_len
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs `python bench/plot.py ARGS...` in tmp_path; gives its exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["plot.py", *args])
+        with pytest.raises(SystemExit) as end, user_errors():
+            plot.main()
+            sys.exit(0)
+        plt.close("all")
+        return end.value.code, *capsys.readouterr()
+
+    return run
 
 
-def run(*args, cwd: Path | None = None, env: dict | None = None) -> subprocess.CompletedProcess:
-    words = [sys.executable, str(ROOT / "bench" / "plot.py"), *map(str, args)]
-    return subprocess.run(words, check=False, capture_output=True, text=True, timeout=120, cwd=cwd, env=env)
-
-
-def picture(*args, cwd: Path | None = None) -> np.ndarray:
-    """The pixels (height, width, 3) of what the program, which must succeed, draws and names."""
-    done = run(*args, cwd=cwd)
-    assert (done.returncode, done.stderr) == (0, "")
-    (line,) = done.stdout.splitlines()
-    content = ((cwd or Path()) / line).read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+def picture(done: tuple[int, str, str]) -> np.ndarray:
+    """The pixels (height, width, 3) of what the program, which must have succeeded, drew and named."""
+    assert (done[0], done[2]) == (0, "")
+    return np.asarray(Image.open(done[1].splitlines()[0]).convert("RGB"))
 
 
 def count(pixels: np.ndarray, colour: str) -> int:
@@ -75,53 +83,45 @@ def count(pixels: np.ndarray, colour: str) -> int:
 
 
 def test_positions_are_the_closed_form(tmp_path):
-    out_dir = make_log(tmp_path / "a")
-    save_model(out_dir, "last.pt")
-    run = plot.read_run(out_dir)
-    steps = np.array([0, 3, 7, 10, 12, 20])
+    out_dir = make_run(tmp_path / "a")
+    run, steps = plot.read_run(out_dir), np.array([0, 3, 7, 10, 12, 20])
     before, after = np.minimum(steps, 10), np.maximum(0, steps - 10)
     assert plot.x_at(run, steps, "step").tolist() == steps.tolist()
-    assert plot.x_at(run, steps, "time").tolist() == (before + 3 * after).tolist()
+    assert plot.x_at(run, steps, "seconds").tolist() == (before + 3 * after).tolist()
+    assert plot.x_at(run, steps, "hours") == pytest.approx((before + 3 * after) / 3600)
     assert plot.x_at(run, steps, "tokens").tolist() == (FIRST * before + SECOND * after).tolist()
-    run = run._replace(flops_per_token=plot.flops_per_token(plot.run_config(out_dir)))
-    flops = FIRST * flops_per_token(64) * before + SECOND * flops_per_token(128) * after
+    flops = FIRST * price(1, 64) * before + SECOND * price(1, 128) * after
     assert plot.x_at(run, steps, "flops") == pytest.approx(flops, rel=1e-12)
+    assert plot.stage_bands(run) == [(0, 10, 64), (10, 20, 128)]
 
 
-def test_an_evaluation_after_the_last_training_record_lies_behind_it(tmp_path):
-    out_dir = make_log(tmp_path / "a")
-    lines = (out_dir / "log.jsonl").read_text().splitlines(keepends=True)
-    (out_dir / "log.jsonl").write_text("".join(line for line in lines if '"step": 20' not in line or "eval" in line))
-    run = plot.read_run(out_dir)
+def test_an_evaluation_after_the_last_training_record_is_behind_it(tmp_path):
+    log = make_run(tmp_path / "a") / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if '"step": 20' not in line or "eval" in line))
+    run = plot.read_run(tmp_path / "a")
     assert run.train["step"].tolist() == [5, 10, 15]
     assert plot.x_at(run, run.evals["step"], "tokens")[-1] == 10 * FIRST + 10 * SECOND
 
 
-def test_bands_and_their_labels(tmp_path):
-    assert plot.stage_bands(plot.read_run(make_log(tmp_path / "a"))) == [(0, 10, 64), (10, 20, 128)]
-    bands = [(0, 1, 64), (1, 2, 128), (2, 4, 256), (4, 20, 2048), (20, 30, 2048), (30, 31, 4096)]
-    labels = [(0, 2, "64\u2013128"), (2, 4, "256"), (4, 20, "2,048"), (20, 30, "2,048")]
-    assert plot.band_labels(bands, 2) == labels
-    assert plot.band_labels(bands, 0.5)[-1] == (30, 31, "4,096")
-
-
 def test_smoothing():
-    values = np.random.default_rng(0).normal(size=50)
+    values = np.arange(50.0) ** 2
     for reach in (0, 1, 7):
-        windows = [values[i - min(reach, i) : i + min(reach, i) + 1] for i in range(50)]
-        assert plot.smooth(values, reach) == pytest.approx([window.mean() for window in windows])
+        inside = np.arange(50)[reach : 50 - reach]  # the mean of (i - r)^2 ... (i + r)^2 is i^2 + r (r + 1) / 3
+        assert plot.smooth(values, reach)[inside] == pytest.approx(inside**2 + reach * (reach + 1) / 3)
+    assert plot.smooth(values, 7)[:3] == pytest.approx([0, 1 + 2 / 3, 4 + 2])
 
 
 def test_curves_and_axes(tmp_path):
-    plot.draw([plot.read_run(make_log(tmp_path / "a", plan=True))], "tokens", tmp_path / "a.png")
+    plot.draw([plot.read_run(make_run(tmp_path / "a", plan=True))], "tokens", tmp_path / "a.png")
     loss, *_, perplexity = plt.gcf().axes
     curves = {line.get_label(): line for line in loss.lines}
     steps = np.array([0, 7, 10, 12, 20])
     tokens = FIRST * np.minimum(steps, 10) + SECOND * np.maximum(0, steps - 10)
     for name, values in (
-        ("validation at the stage's length", 9 - steps / 6),
-        ("validation at the last length", 9.5 - steps / 6),
-        ("validation as planned", [math.nan, *(math.log(3000 / step) for step in (7, 10, 12, 20))]),
+        ("validation, stage's length", 8.5 - tokens / 2000),
+        ("validation, last length", 9 - tokens / 2000),
+        ("validation, planned", [math.nan, *(math.log(3000 / step) for step in (7, 10, 12, 20))]),
     ):
         assert curves[name].get_xdata().tolist() == tokens.tolist()
         assert curves[name].get_ydata() == pytest.approx(np.array(values), nan_ok=True)
@@ -132,68 +132,99 @@ def test_curves_and_axes(tmp_path):
 
 
 @pytest.mark.parametrize("x", ["tokens", "time", "flops", "step"])
-def test_the_second_stage_takes_its_share_of_the_x_axis(tmp_path, x):
+def test_the_second_stage_takes_its_share_of_the_x_axis(tmp_path, run, x):
     """The picture itself: its grey band against the share that follows from the log's two stages."""
-    out_dir = make_log(tmp_path / "a")
-    save_model(out_dir, "best.pt")
-    pixels = picture(out_dir, f"--x={x}")
-    assert (out_dir / "loss.png").exists() and pixels.shape == (1800, 1500, 3)
+    make_run(tmp_path / "a")
+    pixels = picture(run("a", f"--x={x}"))
+    assert (tmp_path / "a" / "loss.png").exists()
     parts = {"tokens": (FIRST, SECOND), "time": (1, 3), "step": (1, 1)}
-    parts["flops"] = (FIRST * flops_per_token(64), SECOND * flops_per_token(128))
+    parts["flops"] = (FIRST * price(1, 64), SECOND * price(1, 128))
     grey = (pixels == 0xE6).all(-1).sum(axis=1).max()  # in a row that no curve and no text crosses
-    axis_width = 0.7 * 1500
-    assert grey / axis_width == pytest.approx(parts[x][1] / sum(parts[x]), abs=0.02)
+    assert grey / (0.7 * 1500) == pytest.approx(parts[x][1] / sum(parts[x]), abs=0.02)
 
 
-def test_the_plan_is_drawn_where_there_is_one(tmp_path):
-    assert count(picture(make_log(tmp_path / "a", plan=True)), "006040") > 100
-    assert count(picture(make_log(tmp_path / "a", plan=False)), "006040") == 0
+def test_a_plan_is_drawn_and_half_a_record_is_not(tmp_path, run):
+    log = make_run(tmp_path / "a", plan=True) / "log.jsonl"
+    planned = picture(run("a"))
+    assert count(planned, "006040") > 100
+    log.write_text(log.read_text() + log.read_text().splitlines()[3][:70])  # a record that is being written
+    assert (picture(run("a")) == planned).all()
+    make_run(tmp_path / "a", plan=False)
+    assert count(picture(run("a")), "006040") == 0
 
 
-def test_a_line_that_is_being_written_changes_nothing(tmp_path):
-    log = make_log(tmp_path / "a") / "log.jsonl"
-    whole = picture(tmp_path / "a")
-    content = log.read_text()
-    log.write_text(content + content.splitlines()[3][:70])
-    assert (picture(tmp_path / "a") == whole).all()
-    log.write_text(content.rstrip("\n"))  # the line is there, its end not yet
-    assert plot.read_run(tmp_path / "a").evals["step"][-1] == 20
+def losses(output: str) -> list[list[float]]:
+    """The losses and differences in each row of the table of losses."""
+    rows = [line.split() for line in output.partition("difference\n")[2].splitlines()]
+    return [[float(word) for word in row[2:]] for row in rows if row[0] in ("tokens", "flops", "seconds")]
 
 
-def test_runs_over_each_other(tmp_path):
+def test_losses_after_the_same_tokens_flops_and_time(tmp_path, run):
+    """Losses fall linearly in the tokens, so those between two evaluations are known. b is larger and has made only the
+    first stage, in steps of three seconds; c is a with a loss that is half a nat higher."""
+    make_run(tmp_path / "a", seconds=(1, 1))
+    make_run(tmp_path / "b", lambda tokens: 2 * falling(tokens), (3, 3), steps=10, n_layer=40)
+    make_run(tmp_path / "c", lambda tokens: falling(tokens) + 0.5, (1, 1))
+    _, output, _ = run("a", "b", "c")
+    expected = [(falling(tokens), 2 * falling(tokens)) for tokens in (640, 1280, 1920, 2560)]
+    for quarter in (0.25, 0.5, 0.75, 1):
+        flops, first_stage = quarter * 2560 * price(40, 64), 2560 * price(1, 64)
+        tokens = flops / price(1, 64) if flops < first_stage else 2560 + (flops - first_stage) / price(1, 128)
+        expected.append((falling(tokens), 2 * falling(quarter * 2560)))
+    assert 2560 < tokens < 6400  # a was in its second stage when it had done b's FLOPs
+    for seconds in (5, 10, 15, 20):  # b's 30 seconds are more than the others' 20
+        tokens = FIRST * min(seconds, 10) + SECOND * max(0, seconds - 10)
+        expected.append((falling(tokens), 2 * falling(FIRST * seconds / 3)))
+    for row, (of_a, of_b) in zip(losses(output), expected, strict=True):
+        assert row == pytest.approx([of_a, of_b, of_b - of_a, of_a + 0.5, 0.5], abs=0.0011)
+    assert {"0.6k", "2.6k", f"{2560 * price(40, 64):.2e}", "5.0", "20.0"} <= set(output.split())
+    assert "windows of 128 tokens" in output
+
+
+def test_the_keys_that_differ_and_no_others(tmp_path, run):
+    """A table row by row; where a run was written is no difference."""
+    other = ((0, 64, 4, 1.0), (10, 96, 3, 0.5), (15, 128, 1, 0.25))
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", stages=other, learning_rate=0.5, optimizer="adamw", data_dir="data/other")
+    _, output, _ = run("a", "b")
+    assert [" ".join(line.split()) for line in output.split("\n\n")[1].splitlines()] == [
+        "a b", "data_dir data/wiki data/other", "learning_rate 0.0006 0.5", "optimizer muon adamw",
+        "stages (0, 64, 4, 1.0) (0, 64, 4, 1.0)", "(10, 128, 3, 0.5) (10, 96, 3, 0.5)", "(15, 128, 1, 0.25)",
+    ]  # fmt: skip
+    assert "data_dir differs, so the losses may be of different windows" in output
+    _, same, _ = run("a", "a")
+    assert "configurations are the same" in same and "different windows" not in same
+    assert len(losses(same)) == 12 and all(row[2] == 0 for row in losses(same))
+
+
+def test_runs_are_drawn_over_each_other(tmp_path, run):
     """The third run's blue is in the picture of three runs and not in that of two; both are loss.png right here."""
-    names = ["a", "b", "c"]
-    for worse, name in enumerate(names):
-        make_log(tmp_path / name, worse=worse / 2)
-    pictures = [picture(*names[:n], cwd=tmp_path) for n in (2, 3)]
-    assert [count(pixels, "d55e00") > 1000 for pixels in pictures] == [True, True]
-    assert [count(pixels, "0072b2") > 1000 for pixels in pictures] == [False, True]
-    assert (tmp_path / "loss.png").exists()
-    assert run(*names, "--to=c/three.png", cwd=tmp_path).stdout == "c/three.png\n"
+    for worse, name in enumerate("abc"):
+        make_run(tmp_path / name, lambda tokens, worse=worse: falling(tokens) + worse / 2)
+    two, three = (picture(run(*names)) for names in ("ab", "abc"))
+    assert count(two, "d55e00") > 1000 and count(three, "d55e00") > 1000
+    assert count(two, "0072b2") == 0 and count(three, "0072b2") > 1000
+    assert run(*"ab", "--to=c/two.png")[1].startswith("c/two.png\n")
 
 
-def test_mistakes_are_one_line(tmp_path):
-    out_dir = make_log(tmp_path / "a")
-    evaluations, empty, broken = tmp_path / "evaluations", tmp_path / "empty", tmp_path / "broken"
-    lines = (out_dir / "log.jsonl").read_text().splitlines(keepends=True)
-    for path, content in ((evaluations, lines[:1]), (empty, []), (broken, [*lines[:2], "{}\n", *lines[2:]])):
-        path.mkdir()
-        (path / "log.jsonl").write_text("".join(content))
-    hidden = tmp_path / "hidden"  # a matplotlib that cannot be imported
-    hidden.mkdir()
-    (hidden / "matplotlib.py").write_text("raise ImportError\n")
-    for args, env, words in (
-        ([], None, "OUT_DIR"),
-        ([tmp_path / "none"], None, "log.jsonl does not exist"),
-        ([evaluations], None, "no records of training"),
-        ([empty], None, "no records of training"),
-        ([broken], None, "line 3"),
-        ([out_dir, "--x=epochs"], None, "epochs"),
-        ([out_dir, "--x=flops"], None, "best.pt"),
-        ([out_dir, f"--to={tmp_path}/none/a.png"], None, "cannot write"),
-        ([out_dir], {"PYTHONPATH": str(hidden)}, "pip install matplotlib"),
-    ):
-        done = run(*args, env=env and os.environ | env)
-        assert (done.returncode, done.stdout) == (2, ""), args
-        assert done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
-    assert not (out_dir / "loss.png").exists()
+@pytest.mark.parametrize("args, words", [
+    ("", "OUT_DIR"),
+    ("none", "none/log.jsonl"),
+    ("new", "no records of training"),
+    ("a --x=epochs", "epochs"),
+    ("bare --x=flops", "no last.pt or best.pt"),
+    ("a --to=none/a.png", "cannot write"),
+    ("a", "pip install matplotlib"),
+    ("a bare", "no last.pt or best.pt"),
+    ("a begun", "no evaluation after its start"),
+    ("a short", "different lengths, [64, 128]"),
+])  # fmt: skip
+def test_mistakes_are_one_line(tmp_path, run, monkeypatch, args, words):
+    for name, steps, rows in (("a", 20, 2), ("short", 20, 1), ("begun", 6, 2), ("new", 4, 2), ("bare", 20, 2)):
+        make_run(tmp_path / name, steps=steps, stages=STAGES[:rows])
+    (tmp_path / "bare" / "best.pt").unlink()
+    if "pip" in words:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, output, errors = run(*args.split())
+    assert status == 2 and losses(output) == []
+    assert errors.count("\n") == 1 and words in errors

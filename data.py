@@ -1,0 +1,112 @@
+"""A dataset on disk as windows of tokens.
+
+prepare_wiki.py writes the dataset. Windows cross from one article into the next. They depend on their arguments alone:
+a run resumed at step s draws what it would have drawn, and N processes together draw the batch that one would.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from settings import UserError
+
+VOCAB_SIZE = 50257  # GPT-2's
+ENDOFTEXT = 50256  # every article begins with this token, and no article contains it
+SPLITS = ("train", "val")
+
+
+class Split:
+    """The shards of one split, memory-mapped uint16 arrays, as windows of seq_len + 1 tokens."""
+
+    def __init__(self, shards: list[np.ndarray]):
+        self.shards = shards
+        self.tokens = np.array([len(shard) for shard in shards])
+
+    def random_windows(self, seq_len: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+        """Draw a step's batch (batch_size, seq_len + 1): uniform over all starts whose window stays in its shard."""
+        starts = np.maximum(0, self.tokens - seq_len)  # per shard, the number of starts
+        numbers = np.random.default_rng((seed, step)).integers(starts.sum(), size=batch_size)
+        return self._read(starts, numbers, 1, seq_len)
+
+    def count(self, seq_len: int, tokens: int = 0) -> int:
+        """Return how many windows of the tiling an evaluation of `tokens` tokens scores; for 0 all W of them."""
+        tiles = int(self._tiles(seq_len).sum())
+        return max(1, min(tiles, tokens // seq_len)) if tokens else tiles
+
+    def spread(self, seq_len: int, n: int) -> np.ndarray:
+        """Return the numbers of n windows spread evenly over the tiling: floor(j * W / n)."""
+        return np.arange(n) * self.count(seq_len) // n
+
+    def fixed_windows(self, seq_len: int, numbers: np.ndarray) -> np.ndarray:
+        """Return the windows (len(numbers), seq_len + 1) of the tiling that have these numbers."""
+        return self._read(self._tiles(seq_len), numbers, seq_len, seq_len)
+
+    def _tiles(self, seq_len: int) -> np.ndarray:
+        return np.maximum(0, self.tokens - 1) // seq_len
+
+    def _read(self, per_shard: np.ndarray, numbers: np.ndarray, stride: int, seq_len: int) -> np.ndarray:
+        """Return the windows with these numbers, counted through all shards, where shard i holds per_shard[i]."""
+        ends = np.cumsum(per_shard)
+        which = np.searchsorted(ends, numbers, side="right")
+        starts = (numbers - (ends - per_shard)[which]) * stride
+        windows = np.empty((len(numbers), seq_len + 1), dtype=np.int64)
+        for row, shard, start in zip(windows, which, starts):
+            row[:] = self.shards[shard][start : start + seq_len + 1]
+        return windows
+
+
+class Dataset(NamedTuple):
+    meta: dict  # meta.json
+    train: Split
+    val: Split
+    token_bytes: np.ndarray  # UTF-8 bytes of each token id, for bits per byte
+    fingerprint: str  # of the shards' checksums: a run resumes on the same text only
+
+
+def read_meta(data_dir: Path) -> dict:
+    """Return meta.json. Raises UserError if there is none or it is not prepare_wiki.py's."""
+    try:
+        meta = json.loads((data_dir / "meta.json").read_bytes())
+        if not {"tokenizer", "splits", "shards"} <= meta.keys():
+            raise ValueError("keys are missing")
+        return meta
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{data_dir} is not a dataset: it has no meta.json; make one with prepare_wiki.py") from None
+    except OSError as error:
+        raise UserError(f"cannot read {data_dir}/meta.json: {error.strerror}") from error
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{data_dir}/meta.json is damaged: {error}; make the dataset again") from error
+
+
+def open_dataset(data_dir: str, max_len: int) -> Dataset:
+    """Open the dataset in data_dir. Raises UserError where a file's size is not meta.json's, and where a split has no
+    window of max_len tokens."""
+    path, shards = Path(data_dir), {split: [] for split in SPLITS}
+    meta = read_meta(path)
+    try:
+        for shard in meta["shards"]:
+            file = path / shard["file"]
+            if file.stat().st_size != 2 * shard["tokens"]:
+                raise ValueError(f"{file.name} has not the size that meta.json says")
+            shards[shard["split"]].append(np.memmap(file, np.uint16, "r"))
+        token_bytes = np.load(path / "token_bytes.npy")
+        checksums = repr([(shard["split"], shard["sha256"]) for shard in meta["shards"]])
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    except (ValueError, EOFError, KeyError, TypeError) as error:
+        raise UserError(f"{data_dir} is damaged: {error}; make it again") from error
+    splits = [Split(shards[name]) for name in SPLITS]
+    for name, split in zip(SPLITS, splits):
+        if split.count(max_len) == 0:
+            raise UserError(f"{data_dir}: no {name} shard holds a window of {max_len + 1:,} tokens")
+    return Dataset(meta, *splits, token_bytes, hashlib.sha256(checksums.encode()).hexdigest())
+
+
+def micro_batches(windows: np.ndarray, seq_len: int, micro_batch_tokens: int) -> list[np.ndarray]:
+    """Cut windows of seq_len (or their numbers) into parts within micro_batch_tokens, as few and equal as can be."""
+    count = math.ceil(len(windows) / (micro_batch_tokens // seq_len))
+    return np.array_split(windows, count) if count else []

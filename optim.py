@@ -1,0 +1,64 @@
+"""The optimizers: Muon for the matrices of the blocks, AdamW for the embedding and the norms, or AdamW for all."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from model import GPT
+from settings import Config
+
+
+def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
+    """Return fused AdamW for everything, or for the rest beside Muon. The training loop sets every group's lr."""
+    matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
+    norms = [weight for weight in model.parameters() if weight.ndim == 1]
+    use_muon = config.optimizer == "muon"
+    decayed = [model.embed.weight] if use_muon else [model.embed.weight, *matrices]
+    groups = [{"params": decayed}, {"params": norms, "weight_decay": 0.0}]
+    # 0.99, not 0.95: with so few tokens a step the second moment needs a longer memory (Marek et al. 2025).
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    return [adamw, Muon(matrices, config.weight_decay, model.dtype)] if use_muon else [adamw]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): Nesterov momentum, then each matrix's update with singular values near 1.
+
+    0.2 * sqrt(larger side) scales an update to the size of AdamW's (Liu et al. 2025): one learning rate serves both.
+    All matrices of a shape are updated at once, in products of type dtype: one by one they leave a GPU idle.
+    """
+
+    def __init__(self, matrices: list[Tensor], weight_decay: float, dtype: torch.dtype, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+        for weight in matrices:
+            self.state[weight]["momentum"] = torch.zeros_like(weight)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for shape in dict.fromkeys(weight.shape for weight in group["params"]):
+                weights = [weight for weight in group["params"] if weight.shape == shape]
+                grads = [weight.grad for weight in weights]
+                momenta = [self.state[weight]["momentum"] for weight in weights]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                updates = orthogonalize(torch._foreach_lerp(grads, momenta, group["momentum"]), self.dtype)
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, updates, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def orthogonalize(matrices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return matrices (I, O) with the same singular vectors and singular values near 1, in float32.
+
+    Five steps of Newton-Schulz with the coefficients of Jordan et al. 2024, which converge fast and not exactly: the
+    singular values end between 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = torch.stack(matrices)
+    is_tall = x.shape[1] > x.shape[2]
+    x = (x.mT if is_tall else x).to(dtype, memory_format=torch.contiguous_format)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(torch.float32, memory_format=torch.contiguous_format).unbind()

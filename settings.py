@@ -1,0 +1,180 @@
+"""Every setting with its default and its reason, and the parser of `CONFIG.py --key=value ...`.
+
+A config file is plain Python that assigns some of the keys below; an argument after it wins. Names that start with an
+underscore, and modules, functions and classes, are a config's own. Any other unknown name is a user's mistake.
+"""
+
+import __future__
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+
+@dataclass(frozen=True)
+class Config:
+    # Where things are
+    data_dir: str = "data/wiki"  # a dataset made by prepare_wiki.py
+    out_dir: str = "out/run"  # checkpoints and the log
+    resume: bool = False  # continue from out_dir's checkpoint if there is one; if False, a used out_dir is refused
+    seed: int = 1337  # of the initial weights and of every step's windows
+
+    # The curriculum. The table has no default: it is what an experiment is about
+    stages: tuple = ()  # rows (from step, seq_len, batch_size, lr_scale); batch_size counts windows per step
+    max_steps: int = 100_000  # optimizer steps in all
+    plan_ppl: tuple = ()  # (step, perplexity) that the plan expects of validation; () expects nothing
+    phases: tuple = ()  # (name, step): `python curriculum.py` sums up the steps before it
+
+    # Optimization
+    learning_rate: float = 6e-4  # times the stage's lr_scale
+    warmup_steps: int = 200  # linear, from 0
+    cooldown_steps: int = 0  # the last steps of max_steps: linear, to 0
+    optimizer: str = "muon"  # 'muon' (the blocks' matrices; AdamW for the rest) or 'adamw'
+    weight_decay: float = 0.1  # of matrices; norms have none
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no limit
+    micro_batch_tokens: int = 16_384  # most tokens in one forward pass of one process; the rest is accumulated
+
+    # The model: GPT-2 size, 123.6M parameters
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+    # The machine: `on_machine` in model.py chooses for 'auto'
+    device: str = "auto"  # 'cpu', 'cuda', 'cuda:1', ...; 'auto' takes a GPU if there is one (torchrun: one each)
+    dtype: str = "auto"  # of matrix products: 'bfloat16', 'float16' or 'float32'; 'auto' takes what is fast here
+    compile: bool = True  # torch.compile the training step; False starts at once and runs slower
+
+    # Validation, checkpoints, log; intervals in steps
+    eval_interval: int = 2_000  # and before the first step, after every stage and at the end
+    eval_tokens: int = 1_048_576  # held-out tokens that an evaluation scores; 0 for all
+    patience: int = 10  # stop after more than this many evaluations in a row without a new best at their length
+    checkpoint_interval: int = 1_000
+    log_interval: int = 10
+
+
+KEYS = {field.name: field.type for field in dataclasses.fields(Config)}
+MAY_BE_0 = ("seed", "warmup_steps", "cooldown_steps", "weight_decay", "grad_clip", "eval_tokens", "patience")
+ONE_OF = {"optimizer": ("adamw", "muon"), "dtype": ("auto", "bfloat16", "float16", "float32")}
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: printed as one line, exit status 2, no traceback."""
+
+
+def one_line(error: BaseException, memory_advice: str = "") -> str | None:
+    """Return what to tell the user about an error; None if the error is a bug, which deserves its traceback."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    texts = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA's, a CPU's, cuBLAS's
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in texts)):
+        return f"out of memory: {memory_advice}"
+    return None
+
+
+@contextmanager
+def user_errors(memory_advice: str = "this machine has too little") -> Iterator[None]:
+    """Wrap a program's main(): a user's mistake or a lack of memory becomes one line and exit status 2."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if (line := one_line(error, memory_advice)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse, for programs without a config file; its errors are UserErrors."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
+def load_config(argv: list[str]) -> Config:
+    """Return the Config of `CONFIG.py --key=value ...`; --help prints the program's docstring and every key instead.
+
+    Raises UserError for an unknown key, a value of the wrong type or out of range, and a config that does not run.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(sys.modules["__main__"].__doc__, *(f"--{key}={getattr(Config, key)!r}" for key in KEYS), sep="\n")
+        sys.exit()
+    if not argv or argv[0].startswith("--"):
+        raise UserError("give a config file first, as in: train.py config/curriculum9.py --key=value ...")
+    values = read_config_file(argv[0])
+    for argument in argv[1:]:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise UserError(f"cannot read argument {argument!r}: it should be --key=value")
+        values[key] = as_key_type(key, text, argument)
+    config = Config(**values)
+    check_ranges(config)
+    return config
+
+
+def read_config_file(path: str) -> dict[str, object]:
+    """Run a config file and return the keys that it assigns or imports."""
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # last: a helper beside the config hides none of our files
+    names = {"__file__": path, "__name__": "config_file"}
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            exec(compile(file.read(), path, "exec"), names)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # anything that the user's own code raises
+        raise UserError(f"config file {path}: {type(error).__name__}: {error}") from error
+    own = (ModuleType, __future__._Feature)
+    keys = [name for name, value in names.items()
+            if not (name.startswith("_") or callable(value) or isinstance(value, own))]  # fmt: skip
+    return {key: as_key_type(key, names[key], f"{key} in {path}") for key in keys}
+
+
+def as_key_type(key: str, value: object, where: str) -> object:
+    """Convert a value, or its text on the command line, to its key's type: 1e5 is a whole number, a list a tuple."""
+    if key not in KEYS:
+        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown key {key!r}; the nearest known one is {near!r}")
+    kind = KEYS[key]
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if kind is str:
+            return os.path.expanduser(value) if key.endswith("_dir") else "" + value
+        value = ast.literal_eval(value) if isinstance(value, str) else value
+        if kind is tuple:
+            return tuple(tuple(row) if isinstance(row, list) else row for row in value)
+        if isinstance(value, bool) or kind(value) != value:
+            raise ValueError
+        return kind(value)
+    except (ValueError, TypeError, KeyError, SyntaxError, MemoryError, RecursionError, OverflowError):
+        names = {bool: "true or false", tuple: "a table", str: "a text", float: "a number", int: "a whole number"}
+        raise UserError(f"{where}: not {names[kind]}") from None
+
+
+def check_ranges(config: Config) -> None:
+    """Raise UserError for a value that makes sense on no machine. Curriculum checks the stage table."""
+    for key, kind in KEYS.items():
+        value = getattr(config, key)
+        if kind in (int, float) and not (0 < value < 2**63 or (value == 0 and key in MAY_BE_0)):
+            raise UserError(f"{key}={value} is out of range: it must be positive{' or 0' * (key in MAY_BE_0)}")
+        if value not in ONE_OF.get(key, (value,)):
+            raise UserError(f"{key}={value!r} is none of {', '.join(ONE_OF[key])}")
+    if config.n_embd % (2 * config.n_head):
+        raise UserError(f"n_embd={config.n_embd} is not an even multiple of n_head={config.n_head}")
+    for key, kinds in (("plan_ppl", (int, int | float)), ("phases", (str, int))):
+        rows = getattr(config, key)
+        if not all(isinstance(row, tuple) and len(row) == 2 and all(map(isinstance, row, kinds)) for row in rows):
+            raise UserError(f"{key}: its rows are (step, perplexity) or (name, last step), not {rows!r}")
+    steps = [row[0] for row in config.plan_ppl]
+    if steps != sorted(set(steps)) or any(min(row) <= 0 for row in config.plan_ppl):
+        raise UserError("plan_ppl: its steps must ascend from 1, and its perplexities be positive")
+    if any(step < 1 for _, step in config.phases):
+        raise UserError("phases: a phase ends at step 1 or later")

@@ -1,0 +1,173 @@
+"""Programs in processes of their own that start at once, and from `before` on the faults that strike them there.
+
+A server imports torch, which takes a core 5 s, and forks a process for each program. The server computes nothing: a
+process that used several threads or a GPU cannot be forked. Vocabulary and data are small: a step takes milliseconds.
+"""
+
+import atexit
+import errno
+import functools
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGKILL, SIGTERM, signal  # noqa: F401, for the faults
+
+import numpy as np
+import torch
+from conftest import FEW, ROOT, SMALL
+
+import checkpoint
+import curriculum
+import evaluate
+import model
+
+VOCAB_SIZE = 512
+KEYS = SMALL | {"stages": FEW, "max_steps": 30, "eval_interval": 8, "eval_tokens": 1_024, "checkpoint_interval": 3}
+SERVER = """
+import functools, json, os, runpy, signal, sys, traceback, model
+model.GPTConfig = functools.partial(model.GPTConfig, vocab_size=512)
+import children, train
+for line in sys.stdin:
+    job = json.loads(line)
+    if "pid" in job:
+        print(os.waitstatus_to_exitcode(os.waitpid(job["pid"], 0)[1]), flush=True)
+    elif pid := os.fork():
+        print(pid, flush=True)
+    else:
+        signal.alarm(300)
+        for number, name in enumerate((os.devnull, job["out"], job["err"])):
+            os.dup2(os.open(name, os.O_RDWR), number)
+        os.environ.update(job["env"])
+        sys.argv, status = job["argv"], 1
+        exec(job["fault"], vars(children))
+        try:
+            status = runpy.run_path(sys.argv[0], run_name="__main__") and 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)  # Python's own end takes torch a second
+"""
+
+
+@functools.cache
+def server() -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SERVER]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.communicate)  # without a next line it ends
+    return process
+
+
+def ask_server(**job: object) -> int:
+    print(json.dumps(job), file=server().stdin, flush=True)
+    return int(server().stdout.readline())
+
+
+@functools.cache
+def folder() -> Path:
+    """Return this session's folder, with a dataset `data` and a config file config.py of KEYS over it."""
+    path = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, path)
+    write_dataset(path / "data", seed=0)
+    keys = KEYS | {"data_dir": str(path / "data"), "resume": True}
+    (path / "config.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
+    return path
+
+
+def write_dataset(path: Path, seed: int) -> None:
+    """Write tokens that a model can learn: each is 1 to 3 above the one before it."""
+    path.mkdir()
+    random, shards = np.random.default_rng(seed), []
+    for split, tokens in (("train", 20_000), ("val", 2_100)):
+        file = f"{split}_00000.bin"
+        (np.cumsum(random.integers(1, 4, size=tokens)) % VOCAB_SIZE).astype("<u2").tofile(path / file)
+        shards.append({"file": file, "split": split, "tokens": tokens, "sha256": f"{split}, seed {seed}"})
+    np.save(path / "token_bytes.npy", random.integers(1, 9, size=VOCAB_SIZE).astype(np.uint16))
+    (path / "meta.json").write_text(json.dumps({"tokenizer": {}, "splits": {}, "shards": shards}))
+
+
+class Child:
+    """A program in a process of its own, where the code `fault` runs first."""
+
+    def __init__(self, program: str, *args: object, fault: str = "", **env: str):
+        self.out, self.err = (tempfile.mkstemp(dir=folder())[1] for _ in range(2))
+        self.pid = ask_server(argv=[program, *map(str, args)], fault=fault, env=env, out=self.out, err=self.err)
+
+    def wait(self) -> subprocess.CompletedProcess:
+        """Return how the program ended, with its output as text."""
+        status = ask_server(pid=self.pid)
+        return subprocess.CompletedProcess([], status, Path(self.out).read_text(), Path(self.err).read_text())
+
+
+def run_train(out_dir: Path, fault: str = "", **keys: object) -> subprocess.CompletedProcess:
+    """Run train.py on config.py, resuming, with other values of some keys."""
+    arguments = [f"--{key}={value}" for key, value in keys.items()]
+    return Child("train.py", folder() / "config.py", f"--out_dir={out_dir}", *arguments, fault=fault).wait()
+
+
+def before(module: object, name: str, action) -> None:
+    """Call action with the arguments of module.name before each call of it."""
+    function = getattr(module, name)
+    setattr(module, name, lambda *args, **kwargs: (action(*args), function(*args, **kwargs))[1])
+
+
+def die() -> None:
+    os.kill(os.getpid(), SIGKILL)
+
+
+def die_at(moment: int) -> None:
+    """Be killed before a call that starts a step, writes, or renames: the one with this number, counted from 1."""
+    calls = itertools.count(1)
+    for module, name in [(os, "pwrite"), (os, "fsync"), (os, "truncate"), (Path, "replace"), (torch, "save"),
+                         (curriculum, "learning_rate")]:  # fmt: skip
+        before(module, name, lambda *_: next(calls) == moment and die())
+
+
+def signal_in_step(step: int, number: int) -> None:
+    before(curriculum, "learning_rate", lambda *args: args[2] == step and os.kill(os.getpid(), number))
+
+
+def signal_in_evaluation(step: int, number: int) -> None:
+    before(evaluate, "evaluate", lambda *args: args[3] == step and os.kill(os.getpid(), number))
+
+
+def fill_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def when_saving(name: str, steps: tuple[int, ...], action) -> None:
+    """Call action before the checkpoint is saved at one of these steps."""
+    before(checkpoint, "save_checkpoint",
+           lambda path, state: path.name == name and state["step"] in steps and action())  # fmt: skip
+
+
+def refuse_to_log(first: int, last: int) -> None:
+    """Let the disk be full from the step `first` to the step `last`. It still takes half of the first record."""
+    pwrite, steps, halves = os.pwrite, [0], [1]
+    before(curriculum, "learning_rate", lambda config, stage, step: steps.append(step + 1))
+
+    def pwrite_if_room(file, data, offset):
+        is_full = first <= steps[-1] <= last
+        return pwrite(file, data[: len(data) // 2 if is_full and halves.pop() else None], offset)
+
+    os.pwrite = pwrite_if_room
+    before(os, "pwrite", lambda *_: first <= steps[-1] <= last and not halves and fill_disk())
+
+
+def poison(first: int, last: int) -> None:
+    """Make the training losses of these calls NaN, counted from 1."""
+    loss, calls = model.GPT.loss, itertools.count(1)
+    model.GPT.loss = lambda self, windows: loss(self, windows) * (float("nan") if first <= next(calls) <= last else 1)
+
+
+def make_up_losses(losses: list[float]) -> None:
+    """Let an evaluation after s steps find the validation loss losses[s]."""
+    really = evaluate.evaluate
+    evaluate.evaluate = lambda *args: really(*args) | {"val_loss": losses[args[3]]}

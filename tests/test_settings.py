@@ -1,0 +1,238 @@
+"""The settings as a user gives them: what is read, what wins, and what is refused in one line with status 2."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+from conftest import FEW, ROOT, SMALL, call_program, release_logs
+
+from config import curriculum9
+from curriculum import Curriculum
+from parallel import Team
+from settings import Config, UserError, load_config, user_errors
+from train import train
+
+HOME = os.path.expanduser("~")
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a config file; return its path."""
+
+    def write(text: str, name: str = "mine.py") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return f"{tmp_path}/{name}"
+
+    return write
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(list(argv))
+    return str(error.value)
+
+
+def test_the_last_of_default_file_and_arguments_wins(write):
+    path = write("seed = 5\nmax_steps = 70\nlearning_rate = 0.5\nmax_steps = 80\n")
+    config = load_config([path, "--seed=6", "--n_layer=3", "--seed=7"])
+    changed = {"seed": 7, "max_steps": 80, "learning_rate": 0.5, "n_layer": 3}
+    assert dataclasses.asdict(config) == dataclasses.asdict(Config()) | changed
+    assert load_config([write("")]) == Config()  # nothing is remembered from one load to the next
+
+
+@pytest.mark.parametrize("argument, value", [
+    ("seed=42", 42), ("seed=9007199254740993", 2**53 + 1), ("max_steps=1e5", 100_000), ("max_steps=100_000", 100_000),
+    ("learning_rate=3e-4", 0.0003), ("learning_rate=2", 2.0), ("device=cuda:1", "cuda:1"), ("plan_ppl=()", ()),
+    ("resume=True", True), ("resume=1", True), ("compile=false", False), ("compile=0", False),
+    ("out_dir=20261126", "20261126"), ("out_dir=out/run 7", "out/run 7"), ("out_dir='7'", "'7'"),
+    ("out_dir=a=--b", "a=--b"), ("out_dir=~/run", f"{HOME}/run"), ("data_dir=~", HOME), ("device=~", "~"),
+    ("stages=[[0, 64, 8, 1], (5, 128, 4, 0.5)]", ((0, 64, 8, 1), (5, 128, 4, 0.5))),
+])  # fmt: skip
+def test_a_value_is_what_its_keys_type_makes_of_it(write, argument, value):
+    key = argument.partition("=")[0]
+    for argv in ([write(""), f"--{argument}"], [write(f"{key} = {value!r}\n")]):  # written out in a file it is the same
+        read = getattr(load_config(argv), key)
+        assert (read, type(read)) == (value, type(value))
+
+
+KINDS = {"seed": "a whole number", "max_steps": "a whole number", "learning_rate": "a number", "out_dir": "a text",
+         "resume": "true or false", "compile": "true or false", "device": "a text", "stages": "a table"}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [
+    "seed=1.5", "seed=True", "max_steps=ten", "max_steps=nan", "learning_rate=fast", "learning_rate=False",
+    "resume=yes", "compile=2", "stages=5", "stages=((0, 64", "stages=" + 5_000 * "9", "stages=" + 500 * "(",
+    "seed = 1.5", "seed = True", "seed = None", "learning_rate = True", "out_dir = 7", "stages = 5",
+    "device = ['cuda']", "compile = None",
+])  # fmt: skip
+def test_a_value_of_another_type_is_refused_with_its_key(write, text):
+    key = text.partition("=")[0].strip()
+    if " = " in text:  # a line of a file
+        assert refusal(path := write(text)) == f"{key} in {path}: not {KINDS[key]}"
+    else:
+        assert refusal(write(""), f"--{text}") == f"--{text}: not {KINDS[key]}"
+
+
+@pytest.mark.parametrize("typed, meant", [
+    ("lerning_rate", "learning_rate"), ("learning-rate", "learning_rate"), ("max_iters", "max_steps"), ("Seed", "seed"),
+])  # fmt: skip
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(write, typed, meant):
+    said = refusal(write(""), f"--{typed}=1")
+    assert said == f"unknown key {typed!r}; the nearest known one is {meant!r}"
+    assert not typed.isidentifier() or refusal(write(f"{typed} = 1\n")) == said
+
+
+def test_what_a_file_imports_defines_and_hides_is_its_own(write):
+    write("half = 2\n", "helper_beside_the_config.py")
+    path = write(
+        "\ufefffrom __future__ import annotations\n"  # with a byte order mark
+        "import json, math, os.path\n"
+        "import math as seed\n"  # a module, even under the name of a key
+        "from math import log\n"
+        "from pathlib import Path\n"
+        "from config.curriculum9 import stages as _nine\n"
+        "from helper_beside_the_config import half as _half\n"
+        "class Table: pass\n"
+        "def shorter(rows):\n"
+        "    return [[step // _half, *row] for step, *row in rows]\n"
+        "double = lambda x: 2 * x\n"
+        "stages = shorter(_nine)\n"
+        "n_head: int = double(3)\n"
+        "out_dir = os.path.join('out', Path(__file__).stem)\n"
+    )
+    expected = tuple((row[0] // 2, *row[1:]) for row in curriculum9.stages)
+    assert load_config([path]) == Config(stages=expected, n_head=6, out_dir="out/mine")
+
+
+def test_keys_count_wherever_they_come_from(write):
+    demo = load_config([f"{ROOT}/config/demo.py"])
+    assert load_config([write("from config.demo import *\nseed = 3\n")]) == dataclasses.replace(demo, seed=3)
+    path = write("from config.curriculum9 import stages\nfrom config import demo\nstages = stages[:2]\n")
+    assert load_config([path]) == Config(stages=curriculum9.stages[:2])
+
+
+def test_the_configurations_of_the_repository_reach_their_last_stage():
+    for path in set((ROOT / "config").glob("*.py")) - {ROOT / "config" / "__init__.py"}:
+        config = load_config([str(path)])
+        assert len(Curriculum(config.stages, config.max_steps).stages) == len(config.stages), path
+
+
+@pytest.mark.parametrize("text, said", [
+    ("seed = 1\nmax_steps = = 5\n", "SyntaxError.*line 2"), ("seed = sede + 1\n", "NameError.*sede"),
+    ("import no_such_module\n", "ModuleNotFoundError.*no_such_module"), ("seed = 1\0\n", "null byte"),
+    ("open('no_such.txt')\n", "No such file"), ("exit()\n", "SystemExit"),
+])  # fmt: skip
+def test_a_file_that_does_not_run_is_refused_with_its_error(write, text, said):
+    path = write(text)
+    with pytest.raises(UserError, match=f"config file {path}: .*{said}"):
+        load_config([path])
+
+
+def test_a_missing_or_unreadable_file_is_refused(tmp_path):
+    assert refusal(f"{tmp_path}/none.py") == f"config file {tmp_path}/none.py: No such file or directory"
+    assert refusal(str(tmp_path)) == f"config file {tmp_path}: Is a directory"
+    (tmp_path / "latin1.py").write_bytes("out_dir = 'für'\n".encode("latin-1"))
+    assert f"config file {tmp_path}/latin1.py: UnicodeDecodeError" in refusal(f"{tmp_path}/latin1.py")
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (UserError("over\n  several\tlines\n\n"), 2, "error: over several lines\n"),
+    (MemoryError(), 2, "error: out of memory: take less\n"),
+    (RuntimeError("CUDA out of memory. Tried ..."), 2, "error: out of memory: take less\n"),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, "error: out of memory: take less\n"),
+    (KeyboardInterrupt(), 130, ""),  # as shells expect
+])  # fmt: skip
+def test_a_users_error_is_one_line(capsys, error, status, line):
+    with pytest.raises(SystemExit) as stop, user_errors("take less"):
+        raise error
+    assert (stop.value.code, *capsys.readouterr()) == (status, "", line)
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, OSError, RuntimeError, AssertionError])
+def test_no_bug_is_taken_for_a_users_error(kind):
+    with pytest.raises(kind), user_errors():
+        raise kind("a bug")
+
+
+# What a user types after `train.py small.py` (or another program), and a part of the line that answers
+MISTAKES = {
+    **{argument: f"{argument!r}: it should be --key=value" for argument in ("seed=3", "--seed", "-seed=3", "3", "--")},
+    "--weight_decay=-1": "weight_decay=-1",
+    "--learning_rate=0": "learning_rate=0",
+    f"--seed={10**20}": "seed=100",
+    "--optimizer=sgd": "optimizer='sgd' is none of adamw, muon",
+    "--dtype=int8": "int8",
+    "--n_head=32": "n_head=32",  # a head of one dimension cannot be turned
+    "--stages=[(0,16,8,1.0),(0,16,8,1.0)]": "stages, row 2",
+    "--micro_batch_tokens=32": "micro_batch_tokens=32 is less than a window of 64",
+    "--stages=[(0,99999,1,1.0)] --micro_batch_tokens=99999": "no train shard",
+    "--device=cuda:97": "cuda:97",
+    "--data_dir=nowhere": "nowhere is not a dataset",
+    "--data_dir=short": "short is damaged: val_00000.bin",
+    "--out_dir=small.py/x": "out_dir",
+    "--out_dir=used": "holds a run",
+    "--out_dir=used --resume=True --seed=3": "seed was 1337 and is 3",
+    "--out_dir=used --resume=True --data_dir=other": "other shards",
+    "--out_dir=used --resume=True --max_steps=1": "step 2, past",
+    "--out_dir=foreign --resume=True": "foreign/last.pt is damaged",
+    "--out_dir=model --resume=True": "not a checkpoint of this version",
+    "--n_embd=4000000": "out of memory: halve --micro_batch_tokens",
+    "train.py --seed=3 small.py": "config file first",
+    "curriculum.py small.py --speed=4090_at_15": "4090",
+    "curriculum.py small.py --plan_ppl=(2000,5000)": "plan_ppl: ",
+    "curriculum.py small.py --plan_ppl=[(2,9),(2,8)]": "plan_ppl: ",
+    "curriculum.py small.py --phases=('a',10)": "phases: ",
+    "curriculum.py small.py --data_dir=nowhere": "nowhere is not a dataset",
+    "evaluate.py": "--out_dir",
+    "evaluate.py --out_dir=nowhere": "nowhere/best.pt does not exist",
+    "evaluate.py --out_dir=foreign": "foreign/best.pt is damaged",
+    "evaluate.py --out_dir=used --dtype=bf16": "bf16",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, small_dir):
+    """A folder with what the mistakes need: configs, other datasets, a run, and files that are not checkpoints."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    keys = SMALL | {"stages": FEW, "eval_tokens": 512, "max_steps": 2, "data_dir": str(small_dir)}
+    (folder / "small.py").write_text("".join(f"{k} = {v!r}\n" for k, v in keys.items()) + "out_dir = 'run'\n")
+    for name in ("short", "other"):
+        shutil.copytree(small_dir, folder / name)
+    (folder / "short" / "val_00000.bin").write_bytes(b"\0" * 10)
+    meta = folder / "other" / "meta.json"
+    meta.write_text(meta.read_text().replace('"sha256": "', '"sha256": "0'))
+    assert train(Config(**keys, out_dir=str(folder / "used")), Team()) == 0
+    release_logs()
+    for name in ("foreign", "model"):
+        shutil.copytree(folder / "used", folder / name)
+    for name in ("last.pt", "best.pt"):
+        (folder / "foreign" / name).write_text("no checkpoint")
+    (folder / "foreign" / "prev.pt").unlink()
+    shutil.copy(folder / "used" / "best.pt", folder / "model" / "last.pt")
+    return folder
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(folder, monkeypatch, typed):
+    arguments = (typed if typed.split()[0].endswith(".py") else f"train.py small.py {typed}").split()
+    before = {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    monkeypatch.chdir(folder)
+    done = call_program(*arguments)
+    assert done.returncode == 2, done
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and MISTAKES[typed] in line
+    assert {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")} == before
+
+
+def test_a_mistake_on_a_real_command_line(run_program):
+    done = run_program("train.py", "config/curriculum9.py", "--lerning_rate=3e-4")
+    said = "error: unknown key 'lerning_rate'; the nearest known one is 'learning_rate'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+@pytest.mark.parametrize("program", ["train.py", "curriculum.py"])
+def test_help_says_what_a_program_does_and_every_key(program):
+    done = call_program(program, "--help")
+    assert (done.returncode, done.stderr) == (0, "") and f"python {program} config/curriculum9.py" in done.stdout
+    assert all(f"\n--{field.name}={field.default!r}\n" in done.stdout for field in dataclasses.fields(Config))
