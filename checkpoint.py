@@ -150,15 +150,14 @@ class Run:
         except Damaged as error:
             if path == prev or "prev.pt" not in used:
                 raise
-            print(f"{error}; resuming from prev.pt", file=sys.stderr)
+            if self.is_writer:
+                print(f"{error}; resuming from prev.pt", file=sys.stderr)
             path, state = prev, load_checkpoint(prev)
         step = state["step"] if state else -1
         if self.team.sum([step]) != [step * self.team.count]:
             raise UserError(f"the processes read different checkpoints: do they all see the same {self.out_dir}?")
         if state is None:
             return None
-        if path == prev and self.is_writer:  # else the next save would replace the good checkpoint by the damaged one
-            prev.replace(last)
         old, new = state["config"], dataclasses.asdict(self.config)
         changes = [f"{key} was {old.get(key)!r} and is {new[key]!r}"
                    for key in new if key not in MAY_CHANGE and old.get(key) != new[key]]  # fmt: skip
@@ -167,6 +166,8 @@ class Run:
             raise UserError(f"the checkpoint in {self.out_dir} is of another run: {', '.join(changes)}")
         if step > self.config.max_steps:
             raise UserError(f"{self.out_dir} is at step {step:,}, past max_steps={self.config.max_steps:,}")
+        if path == prev and self.is_writer:  # else the next save would replace the good checkpoint by the damaged one
+            prev.replace(last)
         self.length = state["log_length"]
         return state
 

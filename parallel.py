@@ -102,7 +102,7 @@ def join_team(memory_advice: str = "this machine has too little") -> Iterator[Te
         dist.all_reduce(torch.zeros(1))  # wait for all: if one ended early, torchrun would end the others
     except BaseException as error:
         time.sleep(2 if rank else 0)
-        line = one_line(error, memory_advice)
+        line = one_line(error, memory_advice) or (isinstance(error, KeyboardInterrupt) and "interrupted")
         status = 2 if line else 1
         if not line and dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
             line = "another process of this run has ended"

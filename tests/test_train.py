@@ -162,7 +162,8 @@ def test_early_stopping_ends_a_run_of_made_up_losses(stages, losses, bad_evals, 
     """One evaluation a step, losses[s] after s steps, and patience for two without a new best."""
     keys = {"stages": ((0, 16, 2, 1.0), (*stages, 2, 1.0)), "max_steps": 8, "eval_interval": 1, "patience": 2}
     for _ in range(2):  # started again, it has ended already
-        assert run_train(tmp_path, f"make_up_losses({losses})", **keys).returncode == 0
+        done = run_train(tmp_path, f"make_up_losses({losses})", **keys)
+        assert done.returncode == 0 and ("stopped early" in done.stdout) == (len(bad_evals) < 9)
         *evals, final = [record for record in read_log(tmp_path) if record["event"] != "train"]
         assert [(r["val_loss"], r["bad_evals"]) for r in evals] == list(zip(losses, bad_evals))
         assert load_checkpoint(tmp_path / "best.pt")["step"] == best and final["event"] == "final"
