@@ -166,6 +166,7 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: s
     steps = max(1, round(curriculum.tokens_before(config.max_steps) / (last[1] * last[2])))
     throughout = [Stage(0, 0, steps, last[1], last[2], 1.0)]
     rows.append(row(f"all at {last[1]:,}", throughout))  # the same tokens in windows of the last length
+    rows[-1][-2] = "-"  # the plan expects nothing of that run
     header = ["\nstage", "\nsteps", "\nlength", "\nbatch", "learning\nrate", "windows/\narticle", "steps/\nepoch",
               "\nexamples", "\ntokens", "\nepochs", "\nFLOPs", "expected\nppl", "\nhours"]  # fmt: skip
     at = f"on an {speed} of its peak" if " at " in speed else f"at {speed} tokens/s"
