@@ -177,7 +177,7 @@ def train_run(run: dict, args: Namespace) -> None:
     stages = Curriculum(config.stages, config.max_steps).stages
     windows = data.val.fixed_windows(LAST_LEN, data.val.spread(LAST_LEN, min(WINDOWS, data.val.count(LAST_LEN))))
     losses = {}
-    for n in {LAST_LEN, stages[-1].seq_len, *CUTS} if run["seed"] == 0 else {LAST_LEN}:
+    for n in sorted({LAST_LEN, stages[-1].seq_len, *CUTS}) if run["seed"] == 0 else [LAST_LEN]:
         # Each window as a shard of its own: its tiling by windows of n is the cut, and scores the same targets
         scores = [score_windows(model, Split([window]), n, LAST_LEN // n, data.token_bytes, config.micro_batch_tokens,
                                 Team()) for window in windows]  # fmt: skip

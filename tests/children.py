@@ -43,6 +43,7 @@ for line in sys.stdin:
         for number, name in enumerate((os.devnull, job["out"], job["err"])):
             os.dup2(os.open(name, os.O_RDWR), number)
         os.environ.update(job["env"])
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it for all its children
         sys.argv, status = job["argv"], 1
         exec(job["fault"], vars(children))
         try:

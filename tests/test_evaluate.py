@@ -76,7 +76,7 @@ def mean_and_error(losses: np.ndarray) -> tuple[float, float]:
 
 def test_another_program_repeats_the_tables_of_a_finished_run(run, scored, monkeypatch):
     on_machine = model.on_machine
-    monkeypatch.setattr(model, "on_machine", lambda *args: on_machine(*args, compile=False))
+    monkeypatch.setattr(model, "on_machine", lambda *args: on_machine(*args[:3], compile=False))
     done = call_program("evaluate.py", f"--out_dir={run.out_dir}", "--micro_batch_tokens=777", "--dtype=float32")
     first, by_length, _, by_position = done.stdout.split("\n\n")
     assert first == f"{run.out_dir}/best.pt is the model after 12 steps. On all held-out articles:"

@@ -162,7 +162,7 @@ def test_mistakes_are_one_line_and_leave_nothing(run_dir, tmp_path, monkeypatch,
     before = sorted(tmp_path.rglob("*"))
     for arguments, words in (
         ([run_dir], "--to"),
-        ([tmp_path, "--to", to], "best.pt does not exist"),
+        ([tmp_path, "--to", to], "best.pt: No such file"),
         ([other, "--to", to], "lacks the evaluation after step 12"),
         ([run_dir, "--to", other], "exists"),
         ([run_dir, "--to", other / "log.jsonl" / "hf"], "cannot export"),

@@ -130,8 +130,8 @@ def test_a_file_that_does_not_run_is_refused_with_its_error(write, text, said):
 
 
 def test_a_missing_or_unreadable_file_is_refused(tmp_path):
-    assert refusal(f"{tmp_path}/none.py") == f"config file {tmp_path}/none.py: No such file or directory"
-    assert refusal(str(tmp_path)) == f"config file {tmp_path}: Is a directory"
+    assert refusal(f"{tmp_path}/none.py").startswith(f"config file {tmp_path}/none.py: FileNotFoundError: ")
+    assert refusal(str(tmp_path)).startswith(f"config file {tmp_path}: IsADirectoryError: ")
     (tmp_path / "latin1.py").write_bytes("out_dir = 'für'\n".encode("latin-1"))
     assert f"config file {tmp_path}/latin1.py: UnicodeDecodeError" in refusal(f"{tmp_path}/latin1.py")
 
@@ -164,7 +164,7 @@ MISTAKES = {
     "--optimizer=sgd": "optimizer='sgd' is none of adamw, muon",
     "--dtype=int8": "int8",
     "--n_head=32": "n_head=32",  # a head of one dimension cannot be turned
-    "--stages=[(0,16,8,1.0),(0,16,8,1.0)]": "stages, row 2",
+    "--stages=[(0,16,8,1.0),(0,16,8,1.0)]": "stages: the steps",
     "--micro_batch_tokens=32": "micro_batch_tokens=32 is less than a window of 64",
     "--stages=[(0,99999,1,1.0)] --micro_batch_tokens=99999": "no train shard",
     "--device=cuda:97": "cuda:97",
@@ -185,7 +185,7 @@ MISTAKES = {
     "curriculum.py small.py --phases=('a',10)": "phases: ",
     "curriculum.py small.py --data_dir=nowhere": "nowhere is not a dataset",
     "evaluate.py": "--out_dir",
-    "evaluate.py --out_dir=nowhere": "nowhere/best.pt does not exist",
+    "evaluate.py --out_dir=nowhere": "cannot read nowhere/best.pt: No such file",
     "evaluate.py --out_dir=foreign": "foreign/best.pt is damaged",
     "evaluate.py --out_dir=used --dtype=bf16": "bf16",
 }
