@@ -1,5 +1,5 @@
 # The two commands: `make demo` trains a small GPT through the nine stages on real articles, `make test` checks the code.
-# `make test-all` adds what takes longer: dozens of kills, compiled pairs of runs, a few steps of the demo.
+# `make test-all` adds what takes longer: kills of compiled runs, torchrun, compiled against eager, steps of the demo.
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -21,7 +21,6 @@ test: .venv/installed-test
 test-slow: .venv/installed-test
 	$(PYTEST) -m slow
 	python prepare_wiki.py --sample --out data/sample
-	python bench/exactness.py kills --data_dir=data/sample --kills 4
 	rm -rf out/test && python train.py config/demo.py --out_dir=out/test --max_steps=4 --stages='[(0, 64, 64, 11.3), (2, 2048, 2, 0.3)]'
 
 test-all: test test-slow
