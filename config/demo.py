@@ -1,4 +1,4 @@
-"""The whole curriculum, small: the same table and true window lengths, in some three to six minutes on two CPU cores.
+"""The whole curriculum, small: the same table and true window lengths, in three to ten minutes on two CPU cores.
 
 make demo, or: python train.py config/demo.py
 """
