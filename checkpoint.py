@@ -3,8 +3,8 @@
     last.pt    everything needed to continue exactly     best.pt      the model at the best validation of its length
     prev.pt    the last.pt before it                     log.jsonl    one record per logged step and evaluation
 
-Two rules make a kill at any moment harmless. A checkpoint gets its name only once all of it is on the disk. It holds
-the length of the log at that moment, and the log is on the disk first: resuming truncates the log to that length.
+A kill at any moment is harmless: a checkpoint gets its name once it is on the disk, the log before it, and holds the
+length of the log. Resuming truncates the log to that length.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ MAY_CHANGE = ("data_dir out_dir resume max_steps cooldown_steps plan_ppl phases 
 RUN_KEYS = {"config", "step", "model", "optimizers", "scaler", "progress", "fingerprint", "log_length"}  # of last.pt
 
 
-@dataclass
+@dataclasses.dataclass
 class Progress:
     """All the state of a run besides its weights and optimizers."""
 
@@ -44,12 +43,9 @@ class Progress:
     bad_evals: int = 0  # evaluations at that length since the lowest
 
     def record(self, seq_len: int, val_loss: float) -> bool:
-        """Note an evaluation after the current step; return whether it is the best of its length.
-
-        Losses at different lengths do not compare: a new length starts anew.
-        """
+        """Note an evaluation after the current step; return whether it is the best of its length."""
         self.evaluated = self.step
-        if seq_len != self.best_len:
+        if seq_len != self.best_len:  # losses at different lengths do not compare
             self.best_len, self.best_loss, self.bad_evals = seq_len, math.inf, 0
         is_best = val_loss < self.best_loss
         self.best_loss, self.bad_evals = (val_loss, 0) if is_best else (self.best_loss, self.bad_evals + 1)
@@ -61,8 +57,7 @@ class Damaged(UserError):
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write state beside path, make it durable, and only then give it the name; last.pt becomes prev.pt. Raises OSError
-    where that fails; the checkpoint before is still there then."""
+    """Write state to disk, then give it the name; last.pt becomes prev.pt. After an OSError the old file is there."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -102,8 +97,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_model(path: Path, untrained_lengths: bool = False) -> tuple[GPT, dict]:
-    """Return a checkpoint's model, in float32 on the CPU, and the checkpoint. The model takes windows as long as it was
-    trained on, or with untrained_lengths as the table's longest."""
+    """Return a checkpoint and its model, on the CPU, for windows as long as it was trained on or the table has."""
     state = load_checkpoint(path)
     config = state["config"]
     trained = Curriculum(config["stages"], 2**63 if untrained_lengths else max(1, state["step"])).stages
@@ -122,37 +116,31 @@ def read_log(out_dir: Path) -> list[dict]:
 
 
 class Run:
-    """The out_dir of a run. All processes read it; process 0 alone writes.
-
-    Where the disk refuses a write, the run warns once until it works again, and continues. Records stay pending in
-    memory, and no checkpoint is written that counts on them.
-    """
+    """The out_dir of a run: all processes read it, process 0 alone writes. If the disk refuses a write, the run warns
+    and continues; records stay pending, and no checkpoint counts on them."""
 
     def __init__(self, config: Config, fingerprint: str, team: Team):
         self.config, self.fingerprint, self.team = config, fingerprint, team
         self.out_dir, self.is_writer = Path(config.out_dir), team.rank == 0
-        self.file = None  # descriptor of log.jsonl, locked
+        self.source = self.file = None  # name of the checkpoint that was read; descriptor of log.jsonl, locked
         self.length, self.pending = 0, b""  # bytes of the log on the disk, and records that are not yet there
         self.refused = set()  # files of which the disk refused the last write
 
     def read(self) -> dict | None:
-        """Return the checkpoint to resume from, or None for a new run. prev.pt serves where last.pt is damaged. Raises
-        UserError if out_dir holds a run and resume is not set, or another run, or one that is past max_steps."""
+        """Return the checkpoint to resume from, prev.pt where last.pt is damaged; None for a new run. Raises UserError
+        if out_dir holds another run, one past max_steps, or any run and resume is not set."""
         used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if (self.out_dir / name).exists()]
         if used and not self.config.resume:
             raise UserError(f"{self.out_dir} holds a run ({', '.join(used)}): give --resume=True or another --out_dir")
-        if used and self.is_writer:
-            self.lock()  # before reading: a run that is about to end may be writing its last checkpoint
-        last, prev = self.out_dir / "last.pt", self.out_dir / "prev.pt"
-        path = last if "last.pt" in used else prev  # a kill between two renames leaves prev.pt alone
+        name = "last.pt" if "last.pt" in used else "prev.pt"  # a kill between two renames leaves prev.pt alone
         try:
-            state = load_checkpoint(path) if path.name in used else None
+            state = load_checkpoint(self.out_dir / name) if name in used else None
         except Damaged as error:
-            if path == prev or "prev.pt" not in used:
+            if name == "prev.pt" or "prev.pt" not in used:
                 raise
             if self.is_writer:
                 print(f"{error}; resuming from prev.pt", file=sys.stderr)
-            path, state = prev, load_checkpoint(prev)
+            name, state = "prev.pt", load_checkpoint(self.out_dir / "prev.pt")
         step = state["step"] if state else -1
         if self.team.sum([step]) != [step * self.team.count]:
             raise UserError(f"the processes read different checkpoints: do they all see the same {self.out_dir}?")
@@ -161,36 +149,33 @@ class Run:
         old, new = state["config"], dataclasses.asdict(self.config)
         changes = [f"{key} was {old.get(key)!r} and is {new[key]!r}"
                    for key in new if key not in MAY_CHANGE and old.get(key) != new[key]]  # fmt: skip
-        changes += ["the dataset has other shards"] if state["fingerprint"] != self.fingerprint else []
+        if state["fingerprint"] != self.fingerprint:
+            changes.append("the dataset has other shards")
         if changes:
             raise UserError(f"the checkpoint in {self.out_dir} is of another run: {', '.join(changes)}")
         if step > self.config.max_steps:
             raise UserError(f"{self.out_dir} is at step {step:,}, past max_steps={self.config.max_steps:,}")
-        if path == prev and self.is_writer:  # else the next save would replace the good checkpoint by the damaged one
-            prev.replace(last)
-        self.length = state["log_length"]
+        self.source, self.length = name, state["log_length"]
         return state
 
-    def lock(self) -> None:
-        """Open and lock the log, so that a second run is refused. A kill frees the lock."""
+    def start(self) -> None:
+        """Make out_dir, lock the log, and truncate it to the length that the checkpoint counts on."""
+        if not self.is_writer:
+            return
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.out_dir / "log.jsonl", os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill frees the lock
         except BlockingIOError as error:
             raise UserError(f"another run is writing in {self.out_dir}") from error
         except OSError as error:
             if self.file is None:  # else the file is open on a network file system without locks
                 raise UserError(f"cannot write in out_dir {self.out_dir}: {error.strerror}") from error
-
-    def start(self) -> None:
-        """Make out_dir and truncate the log to the length that the checkpoint counts on. From here on files change."""
-        if self.is_writer:
-            if self.file is None:
-                self.lock()
-            if os.fstat(self.file).st_size < self.length:
-                raise UserError(f"{self.out_dir}/log.jsonl is shorter than its checkpoint says: was it edited?")
-            os.truncate(self.file, self.length)
+        if os.fstat(self.file).st_size < self.length:
+            raise UserError(f"{self.out_dir}/log.jsonl is shorter than its checkpoint says: was it edited?")
+        os.truncate(self.file, self.length)
+        if self.source == "prev.pt":  # else the next save would replace the good checkpoint by the damaged one
+            (self.out_dir / "prev.pt").replace(self.out_dir / "last.pt")
 
     def log(self, event: str, **record: object) -> None:
         if self.is_writer:
@@ -234,5 +219,4 @@ class Run:
             self.flush(durably=True)
             os.close(self.file)
             if self.refused:
-                raise UserError(f"the disk refused {', '.join(sorted(self.refused))} in {self.out_dir}: make room and "
-                                "give --resume=True")  # fmt: skip
+                raise UserError(f"the disk refused {', '.join(self.refused)} in {self.out_dir}: mend it, --resume=True")

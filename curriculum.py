@@ -1,8 +1,8 @@
 """The curriculum: the stage table, and what it implies.
 
-    python curriculum.py config/curriculum9.py [--data_dir=data/wiki] [--speed=130000 | --speed="RTX 4090 at 0.15"]
+    python curriculum.py config/curriculum9.py [--data_dir=data/wiki] [--speed=130000]
 
-The program prints the plan: what a run takes, before anyone pays for it.
+The program prints the plan: what a run takes, at a speed in tokens/s or on an RTX 4090 at 15 % of its peak.
 """
 
 import math
@@ -15,12 +15,13 @@ from data import open_dataset
 from model import GPTConfig
 from settings import Config, UserError, load_config, user_errors
 
-# The corpus that the table was planned for, without its 5 % held out. Without --data_dir the plan is printed for it.
-PLANNED_ARTICLES, PLANNED_TOKENS = 225_870, 874_000_000
-
 # Dense bf16 tensor-core peaks with float32 accumulation, FLOP/s, by torch's names of the GPUs (makers' datasheets).
 PEAK_FLOPS = {"NVIDIA GeForce RTX 3090": 71e12, "NVIDIA GeForce RTX 4090": 165.2e12, "NVIDIA A100-SXM4-40GB": 312e12,
               "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # fmt: skip
+
+# What the table was planned for: a corpus, without its 5 % held out, and a speed. The plan is for them unless told.
+PLANNED_ARTICLES, PLANNED_TOKENS = 225_870, 874_000_000
+PLANNED_FLOPS_PER_S = 0.15 * PEAK_FLOPS["NVIDIA GeForce RTX 4090"]
 
 
 class Stage(NamedTuple):
@@ -47,34 +48,21 @@ class Stage(NamedTuple):
 
 
 class Curriculum:
-    """The stages that a run of max_steps reaches. A row of the table is (from step, seq_len, batch_size, lr_scale).
-
-    Raises UserError for a table that makes no sense.
-    """
+    """The stages that a run of max_steps reaches. Raises UserError for a table that makes no sense."""
 
     def __init__(self, rows: tuple, max_steps: int):
-        if not rows:
-            raise UserError("stages is empty: the configuration gives no curriculum")
         for number, row in enumerate(rows, 1):
             typed = isinstance(row, tuple) and list(map(type, row)) in ([int] * 4, [int, int, int, float])
             if not (typed and row[1] > 0 and row[2] > 0 and 0 < row[3] < math.inf):
                 raise UserError(f"stages, row {number}: {row!r} is not (step, seq_len, batch_size, lr_scale), positive")
         starts = [row[0] for row in rows]
-        if starts[0] != 0 or starts != sorted(set(starts)):
+        if starts[:1] != [0] or starts != sorted(set(starts)):
             raise UserError(f"stages: the steps of its rows must ascend from 0, and are {starts}")
-        self.rows, self.max_steps = rows, max_steps
+        self.max_len = max(row[1] for row in rows)
+        self.last_len = rows[-1][1]  # reached or not: the cross-stage curve is scored at it
         ends = [*starts[1:], max_steps]
         self.stages = [Stage(number, row[0], min(end, max_steps), *row[1:])
                        for number, (row, end) in enumerate(zip(rows, ends), 1) if row[0] < max_steps]  # fmt: skip
-
-    @property
-    def last_len(self) -> int:
-        """The length of the table's last row, reached or not: the cross-stage curve is scored at it."""
-        return self.rows[-1][1]
-
-    @property
-    def max_len(self) -> int:
-        return max(row[1] for row in self.rows)
 
     def at(self, step: int) -> Stage:
         """Return the stage that trains step `step` (0 is the first)."""
@@ -90,17 +78,14 @@ class Curriculum:
 
 
 def learning_rate(config: Config, stage: Stage, step: int) -> float:
-    """Return a step's rate. It rises from 0 over the first warmup_steps and falls to 0 over the last cooldown_steps."""
+    """Return a step's rate: from 0 over the first warmup_steps, to 0 over the last cooldown_steps."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     cooldown = min(1.0, (config.max_steps - step) / config.cooldown_steps) if config.cooldown_steps else 1.0
     return config.learning_rate * stage.lr_scale * warmup * cooldown
 
 
 def expected_ppl(plan_ppl: tuple, step: int) -> float | None:
-    """Return the validation perplexity that the plan expects after `step` steps; None before its first point.
-
-    Between points it is linear in log(step) and log(perplexity); after the last it is constant.
-    """
+    """Return the plan's perplexity after `step` steps, None before its first point; linear in logs between points."""
     if not plan_ppl or step < plan_ppl[0][0]:
         return None
     steps, ppls = np.log(np.array(plan_ppl, dtype=float)).T
@@ -110,14 +95,6 @@ def expected_ppl(plan_ppl: tuple, step: int) -> float | None:
 def scale_table(rows: tuple, steps: float, tokens: float) -> tuple:
     """Return a smaller curriculum: each row's steps times `steps`, its batch times `tokens` (at least one window)."""
     return tuple((round(step * steps), length, max(1, round(batch * tokens)), lr) for step, length, batch, lr in rows)
-
-
-def at_length(rows: tuple, max_steps: int, seq_len: int, batch_size: int) -> tuple[tuple, int]:
-    """Return rows and max_steps for the same tokens and learning rates in batches of one length."""
-    curriculum = Curriculum(rows, max_steps)
-    ends = [round(curriculum.tokens_before(stage.end) / (seq_len * batch_size)) for stage in curriculum.stages]
-    stages = zip([0, *ends], curriculum.stages)
-    return tuple((step, seq_len, batch_size, stage.lr_scale) for step, stage in stages), ends[-1]
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
@@ -132,63 +109,53 @@ def short(count: float) -> str:
     return f"{count / 1e6:,.1f}M" if count >= 1e6 else f"{count / 1e3:,.1f}k"
 
 
-def hours_at(speed: str, tokens: float, flops: float) -> float:
-    """Return the hours of a run at a speed: "130000" (tokens/s), or "RTX 4090 at 0.15" (a GPU, a share of its peak)."""
-    gpu, at, share = speed.partition(" at ")
-    peaks = [peak for name, peak in PEAK_FLOPS.items() if gpu in name]
-    try:
-        if not at and 0 < float(speed) < math.inf:
-            return tokens / float(speed) / 3600
-        if at and peaks and 0 < float(share) <= 1:
-            return flops / (peaks[0] * float(share)) / 3600
-    except ValueError:
-        pass
-    raise UserError(f"--speed={speed} is neither tokens/s nor GPU at SHARE with one of {', '.join(PEAK_FLOPS)}")
-
-
-def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: str) -> None:
+def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: float | None) -> None:
     """Print what a run takes, per stage, per phase and in all, on a corpus of these training articles and tokens."""
     curriculum, last = Curriculum(config.stages, config.max_steps), config.stages[-1]
     model = GPTConfig(config.n_layer, config.n_head, config.n_embd)
 
-    def row(name: str, stages: list[Stage], *shape: str) -> list[str]:
+    def row(name: str, stages: list[Stage], *shape: str, ppl: float | None = None) -> list[str]:
         trained, flops = sum(s.tokens for s in stages), sum(s.tokens * model.flops_per_token(s.seq_len) for s in stages)
-        ppl = expected_ppl(config.plan_ppl, stages[-1].end)
+        seconds = trained / speed if speed else flops / PLANNED_FLOPS_PER_S
         return [name, f"{stages[0].start:,}-{stages[-1].end:,}", *(shape or [""] * 5),
                 f"{sum(s.examples for s in stages):,}", short(trained), f"{trained / tokens:.3f}", f"{flops:.2e}",
-                f"{ppl:,.0f}" if ppl else "-", f"{hours_at(speed, trained, flops):,.3g}"]  # fmt: skip
+                f"{ppl:,.0f}" if ppl else "-", f"{seconds / 3600:,.3g}"]  # fmt: skip
 
     rows = [row(str(s.number), [s], f"{s.seq_len:,}", f"{s.batch_size}", f"{config.learning_rate * s.lr_scale:.2g}",
-                f"{tokens / articles / s.seq_len:.1f}", f"{tokens / s.tokens_per_step:,.0f}")
-            for s in curriculum.stages]  # fmt: skip
-    rows += [row(name, Curriculum(config.stages, end).stages) for name, end in config.phases if end <= config.max_steps]
-    rows.append(row("in all", curriculum.stages))
+                f"{tokens / articles / s.seq_len:.1f}", f"{tokens / s.tokens_per_step:,.0f}",
+                ppl=expected_ppl(config.plan_ppl, s.end)) for s in curriculum.stages]  # fmt: skip
+    for name, end in (*config.phases, ("in all", config.max_steps)):
+        if end <= config.max_steps:
+            rows.append(row(name, Curriculum(config.stages, end).stages, ppl=expected_ppl(config.plan_ppl, end)))
     steps = max(1, round(curriculum.tokens_before(config.max_steps) / (last[1] * last[2])))
-    throughout = [Stage(0, 0, steps, last[1], last[2], 1.0)]
-    rows.append(row(f"all at {last[1]:,}", throughout))  # the same tokens in windows of the last length
-    rows[-1][-2] = "-"  # the plan expects nothing of that run
+    throughout = [Stage(0, 0, steps, last[1], last[2], 1.0)]  # the same tokens in windows of the last length
+    rows.append(row(f"all at {last[1]:,}", throughout))
     header = ["\nstage", "\nsteps", "\nlength", "\nbatch", "learning\nrate", "windows/\narticle", "steps/\nepoch",
               "\nexamples", "\ntokens", "\nepochs", "\nFLOPs", "expected\nppl", "\nhours"]  # fmt: skip
-    at = f"on an {speed} of its peak" if " at " in speed else f"at {speed} tokens/s"
-    more = sum(s.examples for s in curriculum.stages) / sum(s.examples for s in throughout)
+    at = f"{speed:,.0f} tokens/s" if speed else "15 % of an RTX 4090's peak"
+    more = sum(s.examples for s in curriculum.stages) / throughout[0].examples
     print(f"{config.max_steps:,} steps of a GPT with {short(model.n_params)} parameters on {corpus}:\n"
-          f"{articles:,} training articles, {short(tokens)} tokens. Hours {at}.\n\n{format_table(header, rows)}\n\n"
+          f"{articles:,} training articles, {short(tokens)} tokens. Hours at {at}.\n\n{format_table(header, rows)}\n\n"
           f"The curriculum sees {more:.2f}x as many examples as windows of {last[1]:,} throughout.")  # fmt: skip
-    late = [f"{name}, to step {end:,}" for name, end in config.phases if end > config.max_steps]
-    for what in (*config.stages[len(curriculum.stages) :], *late):
-        print(f"Never reached with max_steps={config.max_steps}: {what}")
+    for late in config.stages[len(curriculum.stages) :]:
+        print(f"Never reached with max_steps={config.max_steps}: {late}")
 
 
 def main() -> None:
-    speeds = [argument.removeprefix("--speed=") for argument in sys.argv if argument.startswith("--speed=")]
     argv = [argument for argument in sys.argv[1:] if not argument.startswith("--speed=")]
     config = load_config(argv)
+    try:
+        speeds = [float(text.removeprefix("--speed=")) for text in sys.argv[1:] if text not in argv]
+        if not all(0 < speed < math.inf for speed in speeds):
+            raise ValueError
+    except ValueError:
+        raise UserError("--speed is a number of tokens/s") from None
     corpus, articles, tokens = "the plan's corpus", PLANNED_ARTICLES, PLANNED_TOKENS
     if any(argument.startswith("--data_dir=") for argument in argv):
         data = open_dataset(config.data_dir, Curriculum(config.stages, config.max_steps).max_len)
         corpus, counts = config.data_dir, data.meta["splits"]["train"]
         articles, tokens = counts["articles"], counts["tokens"]
-    print_plan(config, corpus, articles, tokens, ["RTX 4090 at 0.15", *speeds][-1])  # the plan's, if none is given
+    print_plan(config, corpus, articles, tokens, speeds[-1] if speeds else None)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""A dataset on disk as windows of tokens.
+"""A dataset of prepare_wiki.py as windows of tokens, which cross from one article into the next.
 
-prepare_wiki.py writes the dataset. Windows cross from one article into the next. They depend on their arguments alone:
-a run resumed at step s draws what it would have drawn, and N processes together draw the batch that one would.
+Windows depend on their arguments alone: a resumed run, and N processes together, draw what one unbroken run would.
 """
 
 import hashlib
@@ -32,14 +31,11 @@ class Split:
         numbers = np.random.default_rng((seed, step)).integers(starts.sum(), size=batch_size)
         return self._read(starts, numbers, 1, seq_len)
 
-    def count(self, seq_len: int, tokens: int = 0) -> int:
-        """Return how many windows of the tiling an evaluation of `tokens` tokens scores; for 0 all W of them."""
+    def spread(self, seq_len: int, tokens: int = 0) -> np.ndarray:
+        """Return the numbers of the windows that an evaluation of `tokens` tokens scores: n of all W, spread evenly."""
         tiles = int(self._tiles(seq_len).sum())
-        return max(1, min(tiles, tokens // seq_len)) if tokens else tiles
-
-    def spread(self, seq_len: int, n: int) -> np.ndarray:
-        """Return the numbers of n windows spread evenly over the tiling: floor(j * W / n)."""
-        return np.arange(n) * self.count(seq_len) // n
+        n = max(1, min(tiles, tokens // seq_len)) if tokens else tiles  # 0 tokens: all
+        return np.arange(n) * tiles // n
 
     def fixed_windows(self, seq_len: int, numbers: np.ndarray) -> np.ndarray:
         """Return the windows (len(numbers), seq_len + 1) of the tiling that have these numbers."""
@@ -67,27 +63,13 @@ class Dataset(NamedTuple):
     fingerprint: str  # of the shards' checksums: a run resumes on the same text only
 
 
-def read_meta(data_dir: Path) -> dict:
-    """Return meta.json. Raises UserError if there is none or it is not prepare_wiki.py's."""
-    try:
-        meta = json.loads((data_dir / "meta.json").read_bytes())
-        if not {"tokenizer", "splits", "shards"} <= meta.keys():
-            raise ValueError("keys are missing")
-        return meta
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{data_dir} is not a dataset: it has no meta.json; make one with prepare_wiki.py") from None
-    except OSError as error:
-        raise UserError(f"cannot read {data_dir}/meta.json: {error.strerror}") from error
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{data_dir}/meta.json is damaged: {error}; make the dataset again") from error
-
-
-def open_dataset(data_dir: str, max_len: int) -> Dataset:
-    """Open the dataset in data_dir. Raises UserError where a file's size is not meta.json's, and where a split has no
-    window of max_len tokens."""
+def open_dataset(data_dir: str | Path, max_len: int = 0) -> Dataset:
+    """Open a dataset. Raises UserError if it is damaged, or if one of its splits has no window of max_len tokens."""
     path, shards = Path(data_dir), {split: [] for split in SPLITS}
-    meta = read_meta(path)
     try:
+        if not (path / "meta.json").exists():
+            raise UserError(f"{data_dir} is not a dataset: it has no meta.json; make one with prepare_wiki.py")
+        meta = json.loads((path / "meta.json").read_bytes())
         for shard in meta["shards"]:
             file = path / shard["file"]
             if file.stat().st_size != 2 * shard["tokens"]:
@@ -101,12 +83,12 @@ def open_dataset(data_dir: str, max_len: int) -> Dataset:
         raise UserError(f"{data_dir} is damaged: {error}; make it again") from error
     splits = [Split(shards[name]) for name in SPLITS]
     for name, split in zip(SPLITS, splits):
-        if split.count(max_len) == 0:
+        if max_len and not len(split.spread(max_len)):
             raise UserError(f"{data_dir}: no {name} shard holds a window of {max_len + 1:,} tokens")
     return Dataset(meta, *splits, token_bytes, hashlib.sha256(checksums.encode()).hexdigest())
 
 
 def micro_batches(windows: np.ndarray, seq_len: int, micro_batch_tokens: int) -> list[np.ndarray]:
     """Cut windows of seq_len (or their numbers) into parts within micro_batch_tokens, as few and equal as can be."""
-    count = math.ceil(len(windows) / (micro_batch_tokens // seq_len))
+    count = math.ceil(len(windows) / max(1, micro_batch_tokens // seq_len))
     return np.array_split(windows, count) if count else []

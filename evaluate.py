@@ -1,20 +1,17 @@
-"""The score of held-out windows: in a run, and of a finished run at every length and position.
+"""The score of held-out windows: in a run, and as a program that of best.pt at every length and position.
 
     python evaluate.py --out_dir=out/demo [--data_dir=data/other] [--device=cpu] [--dtype=float32]
-
-    windows of a split -> score_windows -> Score        loss, accuracy, bits per byte of a model at one length
-    a run at a step    -> evaluate -> the log's fields  validation and training loss at the stage's length
-    the log's records  -> summary, eval_table           the line about an evaluation, and the table of all
 """
 
 import itertools
 import math
-import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy import ndarray
 from tqdm import tqdm
 
 from checkpoint import load_model
@@ -22,7 +19,7 @@ from curriculum import Curriculum, expected_ppl, format_table
 from data import Dataset, Split, micro_batches, open_dataset
 from model import GPT, on_machine
 from parallel import Team
-from settings import ONE_OF, CommandLine, Config, UserError, user_errors
+from settings import Config, check_ranges, read_arguments, user_errors
 
 OVERFIT_GAP = math.log(2)  # nats, chosen: validation perplexity is twice that of training
 
@@ -30,6 +27,7 @@ OVERFIT_GAP = math.log(2)  # nats, chosen: validation perplexity is twice that o
 class Score(NamedTuple):
     """Means over the scored targets."""
 
+    windows: int  # scored
     loss: float  # nats per token
     accuracy: float  # share of the targets that had the largest logit
     bpb: float  # bits per byte: all targets' loss over all targets' UTF-8 bytes
@@ -51,18 +49,15 @@ def position_ranges(seq_len: int) -> list[tuple[int, int]]:
 
 
 def score_windows(
-    model: GPT, split: Split, seq_len: int, n: int, token_bytes: np.ndarray, micro_batch_tokens: int, team: Team
+    model: GPT, split: Split, seq_len: int, numbers: ndarray, token_bytes: ndarray, micro_batch_tokens: int, team: Team
 ) -> Score:
-    """Score n windows of seq_len, spread evenly over a split and shared by the processes.
-
-    The targets of a window share its text and are not independent, so standard errors count a window as one
-    observation. Windows of one article still resemble each other: far below its length the true error is larger.
-    """
-    ranges = [(0, seq_len), *position_ranges(seq_len)]
+    """Score the windows of a split with these numbers. The standard errors count a window as one observation; windows
+    of one article resemble each other, so far below its length the true error is larger."""
+    n, ranges = len(numbers), [(0, seq_len), *position_ranges(seq_len)]
     hits, n_bytes, sums = 0, 0, torch.zeros(2, len(ranges), dtype=torch.float64, device=model.device)
-    parts = micro_batches(team.share(split.spread(seq_len, n)), seq_len, micro_batch_tokens)
-    for numbers in tqdm(parts, f"scoring at {seq_len:,}", leave=False, delay=3, disable=True if team.rank else None):
-        windows = split.fixed_windows(seq_len, numbers)
+    parts = micro_batches(team.share(numbers), seq_len, micro_batch_tokens)
+    for part in tqdm(parts, f"scoring at {seq_len:,}", leave=False, delay=3, disable=True if team.rank else None):
+        windows = split.fixed_windows(seq_len, part)
         losses, is_hit = model.score(torch.from_numpy(windows).to(model.device))
         means = torch.stack([losses[:, start:end].double().mean(1) for start, end in ranges])  # (ranges, B)
         sums += torch.stack([means, means.square()]).sum(2)
@@ -73,20 +68,19 @@ def score_windows(
     errors = np.sqrt(np.maximum(squares - means**2, 0) / (n - 1)) if n > 1 else means * math.nan
     loss, error = means[0].item(), errors[0].item()
     bpb = loss * n * seq_len / math.log(2) / max(1, n_bytes)
-    return Score(loss, hits / (n * seq_len), bpb, error, list(zip(means[1:].tolist(), errors[1:].tolist())))
+    return Score(n, loss, hits / (n * seq_len), bpb, error, list(zip(means[1:].tolist(), errors[1:].tolist())))
 
 
 def evaluate(model: GPT, data: Dataset, curriculum: Curriculum, step: int, config: Config, team: Team) -> dict:
     """Score the model after `step` steps at the last step's length; return the log's fields. The training loss and the
     loss at the table's last length are of a quarter as many windows."""
     stage, last_len = curriculum.at(max(0, step - 1)), curriculum.last_len
-    n = data.val.count(stage.seq_len, config.eval_tokens)
-    n_train = data.train.count(stage.seq_len, max(1, n // 4) * stage.seq_len)
-    n_last = max(1, data.val.count(last_len, config.eval_tokens) // 4)
     shared = data.token_bytes, config.micro_batch_tokens, team
-    val = score_windows(model, data.val, stage.seq_len, n, *shared)
-    train = score_windows(model, data.train, stage.seq_len, n_train, *shared)
-    last = score_windows(model, data.val, last_len, n_last, *shared)
+    val = score_windows(model, data.val, stage.seq_len, data.val.spread(stage.seq_len, config.eval_tokens), *shared)
+    few = data.train.spread(stage.seq_len, max(1, val.windows // 4) * stage.seq_len)
+    train = score_windows(model, data.train, stage.seq_len, few, *shared)
+    few = data.val.spread(last_len, max(1, len(data.val.spread(last_len, config.eval_tokens)) // 4) * last_len)
+    last = score_windows(model, data.val, last_len, few, *shared)
     return {"stage": stage.number, "seq_len": stage.seq_len, **val.fields(), "train_loss": train.loss,
             "gap": val.loss - train.loss, "last_len_loss": last.loss,
             "plan_ppl": expected_ppl(config.plan_ppl, step)}  # fmt: skip
@@ -110,44 +104,30 @@ def eval_table(records: list[dict]) -> str:
     return format_table(header, [form.format(**record).split() for record in records])
 
 
-def report(scores: dict[int, Score], windows: dict[int, int]) -> str:
-    """Return the scores at each length, and the losses by position in the window, all with standard errors."""
+def report(scores: dict[int, Score]) -> str:
+    """Return the scores at each length, and the loss by position in the longest window, with standard errors."""
     header = ["length", "windows", "loss", "error", "ppl", "accuracy", "bpb"]
-    rows = [[f"{length:,}", f"{windows[length]:,}", f"{s.loss:.4f}", f"{s.error:.4f}", f"{s.ppl:,.2f}",
+    rows = [[f"{length:,}", f"{s.windows:,}", f"{s.loss:.4f}", f"{s.error:.4f}", f"{s.ppl:,.2f}",
              f"{s.accuracy:.2%}", f"{s.bpb:.4f}"] for length, s in scores.items()]  # fmt: skip
-    caption = "Loss by position in the window, a length a column; its last range ends with it:"
-    tables = [format_table(header, rows), caption]
-    rows = []
-    by_position = [score.by_position for score in scores.values()]
-    for (start, end), *means in itertools.zip_longest(position_ranges(max(scores)), *by_position):
-        rows.append([f"{start + 1:,}-{end:,}", *(f"{mean[0]:.4f}" if mean else "" for mean in means)])
-        rows.append(["", *(f"±{mean[1]:.4f}" if mean else "" for mean in means)])
-    tables.append(format_table(["position", *(f"{length:,}" for length in scores)], rows))
-    return "\n\n".join(tables)
+    longest = max(scores)
+    by_position = [[f"{start + 1:,}-{end:,}", f"{loss:.4f}", f"{error:.4f}"] for (start, end), (loss, error)
+                   in zip(position_ranges(longest), scores[longest].by_position)]  # fmt: skip
+    return f"{format_table(header, rows)}\n\n{format_table(['position', 'loss', 'error'], by_position)}"
 
 
 def main() -> None:
-    parser = CommandLine(description="Score out_dir/best.pt on all held-out windows, at every length of its table.")
-    parser.add_argument("--out_dir", type=os.path.expanduser, required=True, help="of the training run")
-    parser.add_argument("--data_dir", type=os.path.expanduser, help="another dataset than the run's")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=ONE_OF["dtype"], help="of matrix products")
-    parser.add_argument("--micro_batch_tokens", type=int, help="most tokens at once, if not the run's")
-    args = parser.parse_args()
-    path = Path(args.out_dir) / "best.pt"
+    given = read_arguments(sys.argv[1:], ("out_dir", "data_dir", "device", "dtype", "micro_batch_tokens"))
+    path = Path(given.get("out_dir", Config.out_dir)) / "best.pt"
     model, state = load_model(path, untrained_lengths=True)
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    config = Config(**state["config"] | given)
+    config = Config(**state["config"] | {"device": "auto", "dtype": "auto"} | given)
+    check_ranges(config)
     lengths = sorted({row[1] for row in config.stages})
-    if config.micro_batch_tokens < lengths[-1]:
-        raise UserError(f"micro_batch_tokens={config.micro_batch_tokens} is less than a window of {lengths[-1]}")
     data = open_dataset(config.data_dir, lengths[-1])
-    on_machine(model, args.device, args.dtype, config.compile)
-    windows = {length: data.val.count(length) for length in lengths}
-    scores = {length: score_windows(model, data.val, length, n, data.token_bytes, config.micro_batch_tokens, Team())
-              for length, n in windows.items()}  # fmt: skip
+    on_machine(model, config.device, config.dtype, config.compile)
+    shared = data.token_bytes, config.micro_batch_tokens, Team()
+    scores = {length: score_windows(model, data.val, length, data.val.spread(length), *shared) for length in lengths}
     print(f"{path} is the model after {state['step']:,} steps. On all held-out articles:\n")
-    print(report(scores, windows))
+    print(report(scores))
 
 
 if __name__ == "__main__":

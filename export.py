@@ -10,6 +10,7 @@ README.md                         the model card: curriculum, data, validation, 
 At the end transformers computes the logits of a window from the folder, which must equal model.py's.
 """
 
+from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 
 import torch
@@ -17,12 +18,12 @@ from tiktoken.load import read_file_cached
 
 from checkpoint import load_model, read_log
 from curriculum import Curriculum, format_table, short
-from data import ENDOFTEXT, VOCAB_SIZE, read_meta
+from data import ENDOFTEXT, VOCAB_SIZE, open_dataset
 from evaluate import eval_table
 from model import GPT
 from packages import GPT2_URL, gpt2_encoding
 from sample import TEMPERATURE, TOP_K
-from settings import CommandLine, UserError, user_errors
+from settings import UserError, user_errors
 
 try:
     import transformers
@@ -76,7 +77,7 @@ def model_card(name: str, model: GPT, state: dict, out_dir: Path) -> str:
     curriculum, lr, data = Curriculum(config["stages"], max(1, step)), config["learning_rate"], config["data_dir"]
     rows = [[f"{s.start:,}", f"{s.seq_len:,}", f"{s.batch_size}", f"{lr * s.lr_scale:.2g}"] for s in curriculum.stages]
     if (Path(data) / "meta.json").exists():
-        meta = read_meta(Path(data))
+        meta = open_dataset(data).meta
         train, val = (f"{s['articles']:,} articles ({short(s['tokens'])} tokens)" for s in meta["splits"].values())
         data = f"{train} to train on and {val} held out, from: {', '.join(source['file'] for source in meta['source'])}"
     values = {"name": name, "model": model, "curriculum": curriculum, "step": step, "data": data}
@@ -96,7 +97,7 @@ def largest_difference(folder: Path, model: GPT) -> float:
 
 
 def main() -> None:
-    parser = CommandLine(description="Export out_dir/best.pt as a folder that transformers opens.")
+    parser = ArgumentParser(usage=SUPPRESS, description="Export out_dir/best.pt as a folder that transformers opens.")
     parser.add_argument("out_dir", type=Path, help="of the training run")
     parser.add_argument("--to", type=Path, required=True, help="the folder to make")
     args = parser.parse_args()

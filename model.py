@@ -4,8 +4,7 @@
                   -> logits (B, T, V), by the embedding's own weights
 
 B sequences of T tokens, width C = n_embd, H = n_head heads of D = C / H, V = vocab_size. The form is exactly that of
-Hugging Face's Qwen3ForCausalLM: pre-norm RMSNorm, QK-norm, rotary positions, SwiGLU, no biases. So other tools open an
-exported checkpoint, and an independent implementation checks this one.
+Hugging Face's Qwen3ForCausalLM, so that other tools open an export and an independent implementation checks this one.
 """
 
 import ctypes
@@ -130,24 +129,18 @@ class Block(nn.Module):
 
 @torch.compile(dynamic=True)
 def softmax_minus_one_hot_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return each row's cross-entropy (N,) in nats, and turn logits (N, V) in place into their gradient.
-
-    The target's 1 is subtracted in float32, before rounding: a probability near 1 would lose its precision.
-    """
+    """Return each row's cross-entropy (N,) in nats, and turn logits (N, V) in place into their gradient."""
     x = logits.float()
     log_sums = x.logsumexp(1, keepdim=True)
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     losses = log_sums.squeeze(1) - torch.where(is_target, x, 0.0).sum(1)  # torch 2.11 compiles a gather wrongly
-    logits.copy_((x - log_sums).exp() - is_target.float())
+    logits.copy_((x - log_sums).exp_().add_(is_target, alpha=-1))  # rounded only now: a 1 - p near 0 stays exact
     return losses
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Cross-entropy in nats, summed over targets (N,), of logits x @ weight.T: x (N, C), weight (V, C).
-
-    The forward pass computes all logits once and turns them in place into their gradient, softmax minus one-hot. The
-    backward pass is two products. So N * V values are all that is stored, in the type of x.
-    """
+    """Cross-entropy in nats, summed over targets (N,), of logits x @ weight.T: x (N, C), weight (V, C). Forward turns
+    the logits in place into their gradient, so only N * V values are stored, in the type of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -164,18 +157,8 @@ class CrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype), None
 
 
-@torch.compile(dynamic=True)
-def score_targets(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of N targets return its cross-entropy in nats, and whether its logit was the (first) largest."""
-    logits = F.linear(x, weight)
-    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
-
-
 class Cache:
-    """Every layer's keys and values of the `length` tokens seen so far: the next token costs only itself.
-
-    In float32, in which a CPU attends from a single query faster than in bfloat16.
-    """
+    """Every layer's keys and values of the `length` tokens seen so far, in float32: faster on a CPU for one query."""
 
     def __init__(self, config: GPTConfig, batch_size: int, max_seq_len: int, device: torch.device):
         shape = (config.n_layer, batch_size, config.n_head, max_seq_len, config.head_dim)
@@ -233,12 +216,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def extend(self, cache: Cache, tokens: Tensor) -> Tensor:
-        """Append tokens (B, T) to those in the cache and return logits (B, V) of the token after them.
-
-        T is 1 unless the cache is empty: several further tokens would see each other's future.
-        """
+        """Append tokens (B, T) to those in the cache and return logits (B, V) of the token after them."""
         start, end = cache.length, cache.length + tokens.shape[1]
-        assert (start == 0 or end == start + 1) and end <= cache.keys.shape[3]
+        assert start == 0 or tokens.shape[1] == 1, "several further tokens would see each other's future"
         with self.autocast():
             x = self.embed(tokens).to(self.stream)
             for block, keys, values in zip(self.blocks, cache.keys, cache.values):
@@ -254,19 +234,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def score(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """For each target of windows (B, T + 1) return its cross-entropy in nats, and whether its logit was largest."""
-        with self.autocast():
-            x, targets = self.hidden(windows[:, :-1]), windows[:, 1:]
-            losses, hits = score_targets(x.flatten(0, 1), self.embed.weight, targets.flatten())
-            return losses.view_as(targets), hits.view_as(targets)
+        """For windows (B, T + 1) return each target's cross-entropy in nats, and whether its logit was the largest."""
+        logits, targets = self(windows[:, :-1]), windows[:, 1:]
+        is_hit = logits.argmax(-1) == targets
+        return softmax_minus_one_hot_(logits.flatten(0, 1), targets.flatten()).view_as(targets), is_hit
 
 
 def on_machine(model: GPT, device: str = "auto", dtype: str = "auto", compile: bool = True) -> GPT:
-    """Move the model to a device and choose everything that depends on it. Raises UserError for what cannot be had.
-
-    'auto' is a GPU if there is one, and the type of products that is fast there. Under torchrun 'cuda' is the GPU with
-    the process's local rank.
-    """
+    """Move the model to a device and choose what depends on it. Raises UserError for a device that cannot be used.
+    'auto' is a GPU if there is one, under torchrun the rank's own, and the type of products that is fast there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -284,11 +260,12 @@ def on_machine(model: GPT, device: str = "auto", dtype: str = "auto", compile: b
     elif dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if is_cpu:
-        # Stop glibc from returning freed memory to the kernel, for the next step needs it again: steps are 1.1 to 1.2
-        # times as fast, in a fifth to a third more memory (bench/log.md). Other C libraries have their own ways.
+        # Stop glibc from returning freed memory, which the next step needs again: 1.1 to 1.2 times as fast, in a fifth
+        # to a third more memory (bench/log.md). M_MMAP_MAX and M_TRIM_THRESHOLD; other C libraries lack mallopt.
         with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").mallopt(-4, 0)  # M_MMAP_MAX: no block is apart from the heap ...
-            ctypes.CDLL("libc.so.6").mallopt(-1, -1)  # M_TRIM_THRESHOLD: ... which never shrinks
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-4, 0)
+            mallopt(-1, -1)
     torch.use_deterministic_algorithms(is_cpu)
     torch.utils.deterministic.fill_uninitialized_memory = False  # that alone would make determinism slow
     torch.set_float32_matmul_precision("high")  # TF32 for products that are float32 on a GPU

@@ -25,8 +25,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): Nesterov momentum, then each matrix's update with singular values near 1.
 
     0.2 * sqrt(larger side) scales an update to the size of AdamW's (Liu et al. 2025): one learning rate serves both.
-    All matrices of a shape are updated at once, in products of type dtype: one by one they leave a GPU idle.
-    """
+    All matrices of a shape are updated at once, in products of type dtype: one by one they leave a GPU idle."""
 
     def __init__(self, matrices: list[Tensor], weight_decay: float, dtype: torch.dtype, momentum: float = 0.95):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
@@ -48,11 +47,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return matrices (I, O) with the same singular vectors and singular values near 1, in float32.
-
-    Five steps of Newton-Schulz with the coefficients of Jordan et al. 2024, which converge fast and not exactly: the
-    singular values end between 0.7 and 1.2.
-    """
+    """Return matrices (I, O) with the same singular vectors and singular values between 0.7 and 1.2, in float32, by
+    five steps of Newton-Schulz with the coefficients of Jordan et al. 2024."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = torch.stack(matrices)
     is_tall = x.shape[1] > x.shape[2]

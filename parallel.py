@@ -1,8 +1,7 @@
 """What the processes of `torchrun --nproc_per_node=N train.py CONFIG.py ...` share.
 
-Every process holds the whole model and its optimizers. A step's batch is the one that a single process would draw: each
-takes its share of the windows, one all-reduce adds up the gradients and the loss, and all apply the same update. A stop
-signal that one process saw travels with these sums, so that all stop after the same step.
+Every process holds the whole model and its optimizers. Each takes its share of a step's windows, one all-reduce sums
+the gradients and the loss, and all apply the same update. A stop signal travels with the sums: all stop together.
 """
 
 import os
@@ -77,19 +76,15 @@ class Team:
 
 @contextmanager
 def join_team(memory_advice: str = "this machine has too little") -> Iterator[Team]:
-    """Join the processes that torchrun started; without torchrun, be a team of one. Wraps a program's whole work.
-
-    A user's mistake ends a process with one line and status 2. Process 0 prints it at once, and torchrun ends the
-    others; a mistake that only another process met is printed by that process two seconds later.
-    """
+    """Join the processes that torchrun started, or be a team of one. Wraps a program's whole work. Process 0 prints a
+    user's mistake at once, and torchrun ends the others; what only another process met is printed two seconds later."""
     if "RANK" not in os.environ:
         with user_errors(memory_advice):
             yield Team()
         return
     rank, status = int(os.environ["RANK"]), 0
     try:
-        # Restarted workers may read their predecessors' addresses in torchrun's own store and wait for them (pytorch
-        # issue 135712). With the variable each start has a store of its own.
+        # In torchrun's own store restarted workers may find their predecessors' addresses, and wait (pytorch 135712)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
             raise UserError("restarts may hang: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every machine first")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -107,6 +102,5 @@ def join_team(memory_advice: str = "this machine has too little") -> Iterator[Te
         if not line and dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
             line = "another process of this run has ended"
         print(f"error: {line}" if line else traceback.format_exc(), file=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    sys.stdout.flush()
     os._exit(status)  # Python's own end could abort in a thread of torch.distributed's (pytorch pull request 179291)

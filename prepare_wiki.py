@@ -28,6 +28,7 @@ import shutil
 import signal
 import threading
 import unicodedata
+from argparse import SUPPRESS, ArgumentParser
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -38,9 +39,9 @@ import numpy as np
 from tqdm import tqdm
 
 from articles import Piece, find_files, pieces
-from data import ENDOFTEXT, SPLITS, VOCAB_SIZE, read_meta
+from data import ENDOFTEXT, SPLITS, VOCAB_SIZE, open_dataset
 from packages import SAMPLE, gpt2_encoding, sample_files, token_lengths
-from settings import CommandLine, UserError, user_errors
+from settings import UserError, user_errors
 
 # A row for each article: the place of its tokens (piece, first token, how many), its UTF-8 bytes, and hashes of its
 # title and text, of its title, and of the title and the seed. <|endoftext|> counts as a token but not as bytes.
@@ -209,7 +210,7 @@ def publish(work: Path, out: Path, meta: dict) -> None:
 
 def verify(out: Path) -> None:
     """Recompute every checksum and count in meta.json. Raises UserError with the first that differs."""
-    meta, lengths = read_meta(out), token_lengths()
+    meta, lengths = open_dataset(out).meta, token_lengths()
     totals = {split: Counter(articles=0, tokens=0, bytes=0) for split in SPLITS}
     for shard in tqdm(meta["shards"], unit="shard", disable=None):
         with (out / shard["file"]).open("rb") as file:
@@ -229,7 +230,7 @@ def verify(out: Path) -> None:
 
 
 def main() -> None:
-    parser = CommandLine(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("inputs", metavar="INPUT", nargs="*", help="files, directories or globs of the kinds that articles.py lists")
     add("--sample", action="store_true", help="prepare real text that comes with Python packages")
@@ -262,7 +263,7 @@ def main() -> None:
         files = find_files(args.inputs)
         source = [{"file": path.name, "bytes": path.stat().st_size} for path in files] or SAMPLE
         if (out / "meta.json").exists():
-            meta = read_meta(out)
+            meta = open_dataset(out).meta
             if (meta.get("source"), meta.get("options")) != (source, options):
                 raise UserError(f"{out} holds a dataset of other inputs or options: remove it or give another --out")
             return print(f"{out} holds this dataset already: the same options and, by names and sizes, inputs")

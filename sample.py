@@ -13,6 +13,7 @@ several are made together and appear at the end.
 import codecs
 import math
 import sys
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from checkpoint import load_model
 from data import ENDOFTEXT, VOCAB_SIZE
 from model import GPT, Cache, on_machine
 from packages import gpt2_encoding
-from settings import ONE_OF, CommandLine, UserError, user_errors
+from settings import ONE_OF, UserError, user_errors
 
 TEMPERATURE, TOP_K = 0.8, 200  # defaults, also of an export; nobody tuned them
 
@@ -82,7 +83,7 @@ def read_prompt(prompt: str, file: str | None) -> str:
 
 
 def main() -> None:
-    parser = CommandLine(description="Write text with the model in out_dir/best.pt.")
+    parser = ArgumentParser(usage=SUPPRESS, description="Write text with the model in out_dir/best.pt.")
     parser.add_argument("--out_dir", type=Path, default="out/run", help="of the training run")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="how the article begins")

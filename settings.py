@@ -1,24 +1,20 @@
 """Every setting with its default and its reason, and the parser of `CONFIG.py --key=value ...`.
 
-A config file is plain Python that assigns some of the keys below; an argument after it wins. Names that start with an
-underscore, and modules, functions and classes, are a config's own. Any other unknown name is a user's mistake.
+A config file is plain Python that assigns or imports some of the keys below; an argument after it wins. Modules,
+functions, classes and names with an underscore in front are a config's own. Any other name is a mistake.
 """
 
-import __future__
-
-import argparse
 import ast
 import dataclasses
 import difflib
+import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import ModuleType
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     # Where things are
     data_dir: str = "data/wiki"  # a dataset made by prepare_wiki.py
@@ -92,32 +88,26 @@ def user_errors(memory_advice: str = "this machine has too little") -> Iterator[
         sys.exit(2)
 
 
-class CommandLine(argparse.ArgumentParser):
-    """argparse, for programs without a config file; its errors are UserErrors."""
-
-    def error(self, message: str) -> None:
-        raise UserError(message)
-
-
 def load_config(argv: list[str]) -> Config:
-    """Return the Config of `CONFIG.py --key=value ...`; --help prints the program's docstring and every key instead.
-
-    Raises UserError for an unknown key, a value of the wrong type or out of range, and a config that does not run.
-    """
-    if {"-h", "--help"} & set(argv):
-        print(sys.modules["__main__"].__doc__, *(f"--{key}={getattr(Config, key)!r}" for key in KEYS), sep="\n")
-        sys.exit()
-    if not argv or argv[0].startswith("--"):
-        raise UserError("give a config file first, as in: train.py config/curriculum9.py --key=value ...")
-    values = read_config_file(argv[0])
-    for argument in argv[1:]:
-        key, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise UserError(f"cannot read argument {argument!r}: it should be --key=value")
-        values[key] = as_key_type(key, text, argument)
-    config = Config(**values)
+    """Return the Config of `CONFIG.py --key=value ...`. Raises UserError for whatever is wrong with it."""
+    paths = [argument for argument in argv if not argument.startswith("-")]
+    given = read_arguments([argument for argument in argv if argument not in paths])
+    if len(paths) != 1:
+        raise UserError(f"give one config file and --key=value arguments, not {' '.join(argv) or 'nothing'}")
+    config = Config(**read_config_file(paths[0]) | given)
     check_ranges(config)
     return config
+
+
+def read_arguments(argv: list[str], keys: Iterable[str] = KEYS) -> dict[str, object]:
+    """Return the values of --key=value arguments by key; for --help print the program's docstring and its keys."""
+    if {"-h", "--help"} & set(argv):
+        print(sys.modules["__main__"].__doc__, *(f"--{key}={getattr(Config, key)!r}" for key in keys), sep="\n")
+        sys.exit()
+    if strange := [argument for argument in argv if not argument.startswith("--") or "=" not in argument]:
+        raise UserError(f"cannot read argument {strange[0]!r}: it should be --key=value")
+    pairs = [argument.removeprefix("--").split("=", 1) for argument in argv]
+    return {key: as_key_type(key, text, f"--{key}={text}", keys) for key, text in pairs}
 
 
 def read_config_file(path: str) -> dict[str, object]:
@@ -127,20 +117,17 @@ def read_config_file(path: str) -> dict[str, object]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             exec(compile(file.read(), path, "exec"), names)
-    except UserError:
-        raise
     except (Exception, SystemExit) as error:  # anything that the user's own code raises
-        raise UserError(f"config file {path}: {type(error).__name__}: {error}") from error
-    own = (ModuleType, __future__._Feature)
-    keys = [name for name, value in names.items()
-            if not (name.startswith("_") or callable(value) or isinstance(value, own))]  # fmt: skip
+        raise UserError(one_line(error) or f"config file {path}: {type(error).__name__}: {error}") from error
+    own = ("module", "_Feature")  # types of what `import` and `from __future__ import` bind
+    keys = [key for key in names if not (key[0] == "_" or callable(names[key]) or type(names[key]).__name__ in own)]
     return {key: as_key_type(key, names[key], f"{key} in {path}") for key in keys}
 
 
-def as_key_type(key: str, value: object, where: str) -> object:
+def as_key_type(key: str, value: object, where: str, keys: Iterable[str] = KEYS) -> object:
     """Convert a value, or its text on the command line, to its key's type: 1e5 is a whole number, a list a tuple."""
-    if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
+    if key not in keys:
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown key {key!r}; the nearest known one is {near!r}")
     kind = KEYS[key]
     try:
@@ -171,10 +158,8 @@ def check_ranges(config: Config) -> None:
         raise UserError(f"n_embd={config.n_embd} is not an even multiple of n_head={config.n_head}")
     for key, kinds in (("plan_ppl", (int, int | float)), ("phases", (str, int))):
         rows = getattr(config, key)
-        if not all(isinstance(row, tuple) and len(row) == 2 and all(map(isinstance, row, kinds)) for row in rows):
-            raise UserError(f"{key}: its rows are (step, perplexity) or (name, last step), not {rows!r}")
-    steps = [row[0] for row in config.plan_ppl]
-    if steps != sorted(set(steps)) or any(min(row) <= 0 for row in config.plan_ppl):
-        raise UserError("plan_ppl: its steps must ascend from 1, and its perplexities be positive")
-    if any(step < 1 for _, step in config.phases):
-        raise UserError("phases: a phase ends at step 1 or later")
+        typed = all(isinstance(row, tuple) and len(row) == 2 and all(map(isinstance, row, kinds)) for row in rows)
+        if not typed or any(value <= 0 for row in rows for value in row if not isinstance(value, str)):
+            raise UserError(f"{key}: its rows are positive (step, perplexity) or (name, last step), not {rows!r}")
+    if any(row[0] >= later[0] for row, later in itertools.pairwise(config.plan_ppl)):
+        raise UserError("plan_ppl: its steps must ascend")

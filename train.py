@@ -2,8 +2,7 @@
 
     python train.py config/curriculum9.py --data_dir=data/wiki --out_dir=out/curriculum9 [--key=value ...]
 
-The same command with --resume=True continues from the last checkpoint, with the same result; `torchrun
---nproc_per_node=N train.py ...` makes the same run on N processes. The loop of `train`: evaluate, save, end, step, log.
+--resume=True continues from the last checkpoint, with the same result. torchrun makes the same run on N processes.
 """
 
 import dataclasses
@@ -12,8 +11,10 @@ import signal
 import sys
 import time
 
-import numpy as np
 import torch
+from numpy import ndarray
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from checkpoint import Progress, Run, read_log
@@ -29,19 +30,10 @@ MAX_BAD_STEPS = 10  # a run ends after this many bad steps in a row (a guess; fl
 
 
 def train_step(
-    model: GPT,
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    windows: np.ndarray,
-    lr: float,
-    config: Config,
-    team: Team,
+    model: GPT, optimizers: list[Optimizer], scaler: GradScaler, windows: ndarray, lr: float, config: Config, team: Team
 ) -> tuple[float, float]:
     """Make one update from windows (B, T + 1); return their mean loss in nats and the gradient's norm before clipping.
-
-    Every target weighs the same, however the batch is split into micro-batches. If loss or norm is not finite, the
-    weights stay as they are. `scaler` keeps float16's gradients in range; for other types it does nothing.
-    """
+    Every target weighs the same. If loss or norm is not finite, the weights stay. `scaler` acts for float16 alone."""
     seq_len, n_targets = windows.shape[1] - 1, windows[:, 1:].size
     loss = torch.zeros((), device=model.device)
     scale = scaler.scale(torch.full_like(loss, 1 / n_targets))
@@ -64,7 +56,7 @@ def train_step(
     return loss, grad_norm
 
 
-def set_up(config: Config, curriculum: Curriculum, run: Run) -> tuple[GPT, list, torch.amp.GradScaler, Progress]:
+def set_up(config: Config, curriculum: Curriculum, run: Run) -> tuple[GPT, list, GradScaler, Progress]:
     """Return a run's model, optimizers, scaler and progress: new ones, or those of its last checkpoint."""
     state = run.read()
     model = GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), curriculum.max_len)
@@ -73,14 +65,13 @@ def set_up(config: Config, curriculum: Curriculum, run: Run) -> tuple[GPT, list,
     on_machine(model, config.device, dtype, config.compile)
     run.config = dataclasses.replace(config, dtype=str(model.dtype).removeprefix("torch."))
     optimizers = make_optimizers(model, config)
-    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    scaler = GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     if state is None:
         return model, optimizers, scaler, Progress()
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    if state["scaler"]:  # empty unless the saved run used float16
-        scaler.load_state_dict(state["scaler"])
+    scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty unless the saved run used float16
     print(f"resuming from step {state['step']:,} of {config.out_dir}")
     if (old := state["config"]["dtype"]) != run.config.dtype:
         print(f"continuing in {run.config.dtype}; --dtype={old} would continue exactly")
@@ -144,8 +135,7 @@ def train(config: Config, team: Team) -> int:
             run.log("skip", **record)
             bar.write(f"step {progress.step:,} is skipped: loss {loss}, gradient norm {grad_norm}, rate {lr:.3g}")
             if bad_steps == MAX_BAD_STEPS:
-                raise UserError(f"{bad_steps} consecutive steps to {progress.step:,} had no finite loss and gradient, "
-                                f"at learning rate {lr:.3g}; {config.out_dir} keeps its last checkpoint")  # fmt: skip
+                raise UserError(f"{bad_steps} skipped steps in a row, at learning rate {lr:.3g}: last.pt predates them")
         elif progress.step % config.log_interval == 0:
             tokens = curriculum.tokens_before(progress.step)
             rate = (tokens - logged_tokens) / (progress.seconds - logged_seconds)  # tokens/s
@@ -156,8 +146,6 @@ def train(config: Config, team: Team) -> int:
         bar.update()
     bar.close()
 
-    if bad_steps:
-        print(f"the last {bad_steps} steps were skipped; last.pt predates them")
     if progress.bad_evals > config.patience:
         print(f"stopped early: {progress.bad_evals} evaluations without a new best at length {progress.best_len:,}")
     if not team.stopping:
@@ -171,8 +159,8 @@ def train(config: Config, team: Team) -> int:
 def report_end(model: GPT, data: Dataset, curriculum: Curriculum, progress: Progress, run: Run, team: Team) -> None:
     """Score the last step's weights on all held-out windows, log the record `final`, and print all evaluations."""
     stage = curriculum.at(max(0, progress.step - 1))
-    n, tokens = data.val.count(stage.seq_len), run.config.micro_batch_tokens
-    score = score_windows(model, data.val, stage.seq_len, n, data.token_bytes, tokens, team)
+    shared = data.token_bytes, run.config.micro_batch_tokens, team
+    score = score_windows(model, data.val, stage.seq_len, data.val.spread(stage.seq_len), *shared)
     where = {"step": progress.step, "stage": stage.number, "seq_len": stage.seq_len}
     run.log("final", **where, **score.fields(), time_s=round(progress.seconds, 3))
     if team.rank == 0:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS, ArgumentParser
 from collections import Counter
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from checkpoint import read_log  # noqa: E402
 from config import curriculum9  # noqa: E402
 from curriculum import format_table  # noqa: E402
 from parallel import Team, join_team  # noqa: E402
-from settings import CommandLine, Config, user_errors  # noqa: E402
+from settings import Config, user_errors  # noqa: E402
 from train import train_step  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def processes(data_dir: str) -> None:
 
 
 def main() -> None:
-    parser = CommandLine(description="Compare runs that were killed, or of several processes, with plain ones.")
+    parser = ArgumentParser(usage=SUPPRESS, description="Compare killed runs, and several processes, with a plain run.")
     parser.add_argument("what", nargs="?", choices=("kills", "processes", "both"), default="both")
     parser.add_argument("--kills", type=int, default=10, help="of each of the four runs")
     parser.add_argument("--dtype", default="float32", help="of the killed runs")

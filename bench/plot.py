@@ -13,6 +13,7 @@ tokens, FLOPs and training time. Evaluations and checkpoints do not count as tra
 
 import math
 import sys
+from argparse import SUPPRESS, ArgumentParser
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, zip_longest
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import load_checkpoint, read_log  # noqa: E402
 from curriculum import format_table, short  # noqa: E402
 from model import GPTConfig  # noqa: E402
-from settings import CommandLine, UserError, user_errors  # noqa: E402
+from settings import UserError, user_errors  # noqa: E402
 
 SECONDS = {"seconds": 1, "minutes": 60, "hours": 3600}
 
@@ -251,7 +252,7 @@ def compare(runs: list[Run]) -> None:
 
 
 def main() -> None:
-    parser = CommandLine(description="Draw a run from its log; draw and compare several.")
+    parser = ArgumentParser(usage=SUPPRESS, description="Draw a run from its log; draw and compare several.")
     parser.add_argument("out_dirs", metavar="OUT_DIR", nargs="+", type=Path, help="of training runs")
     parser.add_argument("--x", choices=[*LABELS, "time"], default="tokens", help="the x axis (tokens)")
     parser.add_argument("--to", type=Path, help="picture to write (OUT_DIR/loss.png; for several runs loss.png)")

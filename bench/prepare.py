@@ -9,7 +9,6 @@ workers, on texts in memory, timed just before. Memory is the largest sum of the
 once, read every 0.2 s on Linux and 0 elsewhere.
 """
 
-import argparse
 import bz2
 import itertools
 import json
@@ -19,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +91,7 @@ def prepare(source: Path, out: Path, workers: int) -> tuple[float, int, dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.splitlines()[0])
     parser.add_argument("--copies", type=int, nargs="+", default=[4, 40], help="of the articles, 0.5M tokens each")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--rounds", type=int, default=3)

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import sys
-from argparse import Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -39,11 +39,11 @@ from data import Split, open_dataset  # noqa: E402
 from evaluate import score_windows  # noqa: E402
 from model import GPT, GPTConfig, on_machine  # noqa: E402
 from parallel import Team  # noqa: E402
-from settings import CommandLine, Config, UserError, as_key_type, check_ranges, user_errors  # noqa: E402
+from settings import Config, UserError, as_key_type, check_ranges, user_errors  # noqa: E402
 
 LAST_LEN = curriculum9.stages[-1][1]
-PLAN = Curriculum(curriculum9.stages, curriculum9.max_steps)
-TABLE = [(stage.tokens / PLAN.tokens_before(PLAN.max_steps), stage.seq_len, stage.lr_scale) for stage in PLAN.stages]
+PLAN = Curriculum(curriculum9.stages, curriculum9.max_steps).stages
+TABLE = [(stage.tokens / sum(s.tokens for s in PLAN), stage.seq_len, stage.lr_scale) for stage in PLAN]
 LENGTHS = [(share, seq_len, 1.0) for share, seq_len, _ in TABLE]
 
 # rows are (share of the tokens, seq_len, lr_scale). After the warmup the rate falls to 0 over a share `fall` of the
@@ -175,12 +175,12 @@ def train_run(run: dict, args: Namespace) -> None:
     on_machine(model, config.device, state["config"]["dtype"], config.compile)
 
     stages = Curriculum(config.stages, config.max_steps).stages
-    windows = data.val.fixed_windows(LAST_LEN, data.val.spread(LAST_LEN, min(WINDOWS, data.val.count(LAST_LEN))))
+    windows = data.val.fixed_windows(LAST_LEN, data.val.spread(LAST_LEN, WINDOWS * LAST_LEN))
     losses = {}
     for n in sorted({LAST_LEN, stages[-1].seq_len, *CUTS}) if run["seed"] == 0 else [LAST_LEN]:
         # Each window as a shard of its own: its tiling by windows of n is the cut, and scores the same targets
-        scores = [score_windows(model, Split([window]), n, LAST_LEN // n, data.token_bytes, config.micro_batch_tokens,
-                                Team()) for window in windows]  # fmt: skip
+        cut = n, np.arange(LAST_LEN // n), data.token_bytes, config.micro_batch_tokens, Team()
+        scores = [score_windows(model, Split([window]), *cut) for window in windows]
         losses[n] = [round(score.loss, 5) for score in scores]
     muon = muon_flops(model.config) if config.optimizer == "muon" else 0
     costs = {"tokens": [s.tokens_per_step for s in stages],
@@ -256,7 +256,7 @@ def tables(results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = CommandLine(description="Train variants of the recipe and compare them.", allow_abbrev=False)
+    parser = ArgumentParser(usage=SUPPRESS, allow_abbrev=False, description="Train and compare recipes.")
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}; by default all")
     defaults = {"data_dir": "data/corpus", "results": "bench/recipe", "tokens": 4e6, "batch_tokens": 2_048, "seeds": 2}
     for key, value in defaults.items():

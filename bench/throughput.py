@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -39,7 +39,7 @@ from data import Dataset, open_dataset  # noqa: E402
 from model import GPT, GPTConfig, on_machine  # noqa: E402
 from optim import make_optimizers  # noqa: E402
 from parallel import Team  # noqa: E402
-from settings import CommandLine, Config, UserError, user_errors  # noqa: E402
+from settings import Config, UserError, user_errors  # noqa: E402
 from train import train_step  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def exponent(sizes: list[float], seconds: list[list[float]]) -> str:
 
 
 def main() -> None:
-    parser = CommandLine(description="Time training steps beside nanoGPT's and transformers'.")
+    parser = ArgumentParser(usage=SUPPRESS, description="Time training steps beside nanoGPT's and transformers'.")
     parser.add_argument("--nanogpt", type=os.path.abspath, help="a checkout of nanoGPT; without it, it is left out")
     for key, value in {"n_layer": 4, "n_head": 4, "n_embd": 256, "tokens": 2048, "rounds": 5, "burst": 4}.items():
         parser.add_argument(f"--{key}", type=int, default=value)

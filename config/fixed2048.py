@@ -4,9 +4,11 @@ python train.py config/fixed2048.py --data_dir=data/wiki
 """
 
 from config import curriculum9
-from curriculum import at_length
+from curriculum import Curriculum
 
 out_dir = "out/fixed2048"
 learning_rate, weight_decay = curriculum9.learning_rate, curriculum9.weight_decay
 warmup_steps, cooldown_steps = curriculum9.warmup_steps, curriculum9.cooldown_steps
-stages, max_steps = at_length(curriculum9.stages, curriculum9.max_steps, seq_len=2_048, batch_size=8)
+_table = Curriculum(curriculum9.stages, curriculum9.max_steps)
+stages = tuple((round(_table.tokens_before(s.start) / (2_048 * 8)), 2_048, 8, s.lr_scale) for s in _table.stages)
+max_steps = round(_table.tokens_before(curriculum9.max_steps) / (2_048 * 8))

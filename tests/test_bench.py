@@ -8,43 +8,43 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call_program
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import breakdown, exactness, throughput
-from model import GPT, GPTConfig
-from optim import make_optimizers
 from parallel import Team
-from settings import Config, load_config
+from settings import Config
 from train import train_step
 
 EAGER = {"n_layer": 2, "n_head": 2, "n_embd": 64, "compile": False, "device": "cpu", "dtype": "float32"}
 
 
-def test_muons_flops_are_those_that_torch_counts():
-    config = GPTConfig(2, 2, 64)
-    model = GPT(config, 16)
-    model.init_weights(0)
-    _, muon = make_optimizers(model, Config(n_layer=2, n_head=2, n_embd=64))
+@pytest.fixture
+def a_step(sample_dir) -> tuple:
+    """Return what a training step needs: a model, its optimizers and scaler, and a dataset."""
+    return throughput.set_up(Config(**EAGER, data_dir=str(sample_dir)), 64)
+
+
+def test_muons_flops_are_those_that_torch_counts(a_step):
+    model, (_, muon), *_ = a_step
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)
     with FlopCounterMode(display=False) as counter:
         muon.step()
-    assert breakdown.muon_flops(config) == counter.get_total_flops() > 0
+    assert breakdown.muon_flops(model.config) == counter.get_total_flops() > 0
 
 
-def test_a_breakdown_gives_every_product_to_its_part(sample_dir):
+def test_a_breakdown_gives_every_product_to_its_part(a_step):
     """By the FLOPs that torch's profiler counts in a step, not compiled: in closed form for each part."""
-    config = Config(**EAGER, data_dir=str(sample_dir))
-    model, optimizers, scaler, data = throughput.set_up(config, 64)
+    *machine, data = a_step
     windows = data.train.random_windows(64, 4, 0, 0)
     with torch.profiler.profile(with_flops=True) as profiler:
-        train_step(model, optimizers, scaler, windows, 6e-4, config, Team())
+        train_step(*machine, windows, 6e-4, Config(**EAGER), Team())
     flops, seconds = Counter(), Counter()
     for event in profiler.events():
         flops[breakdown.part_of(event)] += event.flops or 0
         seconds[breakdown.part_of(event)] += event.self_cpu_time_total
-    m, tokens = model.config, windows[:, 1:].size
+    m, tokens = machine[0].config, windows[:, 1:].size
     head = 6 * m.vocab_size * m.n_embd * tokens
     assert flops["head's products"] == head
     assert flops["products"] == 6 * m.n_matmul * tokens - head
@@ -53,18 +53,14 @@ def test_a_breakdown_gives_every_product_to_its_part(sample_dir):
                                                             "adamw", "the rest"}  # fmt: skip
 
 
-def test_a_breakdown_adds_up_to_the_step(sample_dir, capsys, monkeypatch):
+def test_a_breakdown_adds_up_to_the_step(sample_dir, monkeypatch):
+    monkeypatch.setattr(throughput, "peak_rate", lambda device, dtype: 1e12)
     keys = EAGER | {"stages": [(0, 64, 16, 1.0)], "data_dir": sample_dir}
     flags = [f"--{key}={value}" for key, value in keys.items()]
-    monkeypatch.setattr(sys, "argv", ["breakdown.py", str(ROOT / "config/curriculum9.py"), *flags])
-    monkeypatch.setattr(breakdown, "peak_rate", lambda device, dtype: 1e12)
-    breakdown.main()
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert "torch.float32" in first
-    total = float(re.search(r"profiled ([\d.]+) s", first)[1])
+    first, *lines = call_program("bench/breakdown.py", ROOT / "config/curriculum9.py", *flags).stdout.splitlines()
     rows = [re.split("  +", line.strip()) for line in lines[2:-2]]
+    total = float(re.search(r"profiled ([\d.]+) s", first)[1])
     assert sum(float(row[1].replace(",", "")) for row in rows) == pytest.approx(1000 * total, abs=2)
-    assert {row[0]: row[3:4] for row in rows}["muon"] == ["0.00"]
 
 
 def test_an_exponent_is_the_slope_of_a_power():
@@ -88,7 +84,7 @@ def test_a_turn_is_as_many_steps_as_were_asked_for(monkeypatch):
     assert seconds >= 0 and resident <= gib < 64
 
 
-def plant_run(out_dir, loss: float = 1.0, weight: float = 1.0, moment: float = 1.0, bad_evals: int = 0, lost: int = -1):
+def plant_run(out_dir, loss=1.0, weight=1.0, moment=1.0, bad_evals=0, missing=None):
     """Write what differences() reads of a finished run, with times that no other run has."""
     out_dir.mkdir()
     times = torch.rand(()).item()
@@ -97,36 +93,22 @@ def plant_run(out_dir, loss: float = 1.0, weight: float = 1.0, moment: float = 1
                  "optimizers": [{"state": {0: {"momentum": torch.tensor([moment])}}}], "log_length": times,
                  "progress": {"step": exactness.STEPS, "bad_evals": bad_evals, "seconds": times}}  # fmt: skip
         torch.save(state, out_dir / name)
-    records = []
-    for step in range(exactness.STEPS + 1):
-        if step > 0:
-            records.append({"event": "train", "step": step, "loss": loss if step == 7 else 2.0, "tokens_per_s": times})
-        if step % 8 == 0 or step in (20, 60):
-            records.append({"event": "eval", "step": step, "time_s": times})
-    records.append({"event": "final", "step": exactness.STEPS, "time_s": times})
-    del records[lost : lost + (lost >= 0)]
+    events = [(step, event) for step in range(exactness.STEPS + 1) for event in ("train", "eval")]
+    due = [(step, event) for step, event in events if (step % 8 == 0 or step in (20, 60) if event == "eval" else step)]
+    records = [{"event": event, "step": step, "loss": loss if step == 7 else 2.0, "time_s": times}
+               for step, event in [*due, (exactness.STEPS, "final")] if step != missing]  # fmt: skip
     (out_dir / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return out_dir
 
 
-@pytest.mark.parametrize("planted, found", [
-    ({}, []),
-    ({"weight": 1.0 + 2**-23}, ["last.pt/model/weight", "best.pt/model/weight"]),
-    ({"moment": 0.5}, ["last.pt/optimizers/0/state/0/momentum", "best.pt/optimizers/0/state/0/momentum"]),
-    ({"bad_evals": 1}, ["last.pt/progress/bad_evals", "best.pt/progress/bad_evals"]),
-    ({"loss": 1.5}, ["log line 8"]),
-], ids=["times alone", "weight", "moment", "progress", "loss"])  # fmt: skip
-def test_a_planted_difference_is_found(planted, found, tmp_path):
-    assert exactness.differences(plant_run(tmp_path / "a"), plant_run(tmp_path / "b", **planted)) == found
-
-
-def test_a_record_that_both_logs_lack_is_missed(tmp_path):
-    found = exactness.differences(plant_run(tmp_path / "a", lost=40), plant_run(tmp_path / "b", lost=40))
-    assert found == ["log has a gap or repeats a record"]
-
-
-def test_configurations_of_exactness_are_valid():
-    """All their keys are train.py's, and the evaluations that are expected follow from them."""
-    flags = [f"--{key}={value}" for key, value in (exactness.KILLED | {"data_dir": "x"}).items()]
-    config = load_config([str(ROOT / "config/demo.py"), *flags])
-    assert config.stages == exactness.STAGES and config.max_steps == exactness.STEPS
+@pytest.mark.parametrize("both, other, found", [
+    ({}, {}, []),  # times alone
+    ({}, {"weight": 1.0 + 2**-23}, ["last.pt/model/weight", "best.pt/model/weight"]),
+    ({}, {"moment": 0.5}, ["last.pt/optimizers/0/state/0/momentum", "best.pt/optimizers/0/state/0/momentum"]),
+    ({}, {"bad_evals": 1}, ["last.pt/progress/bad_evals", "best.pt/progress/bad_evals"]),
+    ({}, {"loss": 1.5}, ["log line 8"]),
+    ({"missing": 35}, {}, ["log has a gap or repeats a record"]),
+])  # fmt: skip
+def test_a_planted_difference_is_found(both, other, found, tmp_path):
+    one, two = plant_run(tmp_path / "one", **both), plant_run(tmp_path / "two", **both, **other)
+    assert exactness.differences(one, two) == found

@@ -78,24 +78,22 @@ def test_another_program_repeats_the_tables_of_a_finished_run(run, scored, monke
     on_machine = model.on_machine
     monkeypatch.setattr(model, "on_machine", lambda *args: on_machine(*args[:3], compile=False))
     done = call_program("evaluate.py", f"--out_dir={run.out_dir}", "--micro_batch_tokens=777", "--dtype=float32")
-    first, by_length, _, by_position = done.stdout.split("\n\n")
+    first, by_length, by_position = done.stdout.split("\n\n")
     assert first == f"{run.out_dir}/best.pt is the model after 12 steps. On all held-out articles:"
     rows = {}
     for line in by_length.splitlines()[1:]:
         length, *rows[int(length)] = (float(cell.strip("%").replace(",", "")) for cell in line.split())
-    header, *lines = map(str.split, by_position.splitlines())
-    assert header == ["position", "64", "200"] and [name for name, *_ in lines[::2]] == ["1-64", "65-128", "129-200"]
-    for length, ranges in ((64, [(0, 64)]), (200, [(0, 64), (64, 128), (128, 200)])):
+    for length in (64, 200):
         losses, hits, n_bytes = scored("val", length)
         n, loss, error, ppl, accuracy, bpb = rows[length]
         assert n == len(losses) == 4_199 // length
         assert (loss, error) == pytest.approx(mean_and_error(losses), abs=1e-4)
         assert (ppl, accuracy) == pytest.approx((math.exp(losses.mean()), 100 * hits.mean()), rel=1e-4, abs=0.006)
         assert bpb == pytest.approx(losses.sum() / math.log(2) / n_bytes, abs=1e-4)
-        column = -1 if length == 200 else 0  # a short window has no later positions
-        for (start, end), (_, *means), errors in zip(ranges, lines[::2], lines[1::2]):
-            printed = float(means[column]), float(errors[column].removeprefix("±"))
-            assert printed == pytest.approx(mean_and_error(losses[:, start:end]), abs=1e-4)
+    for (start, end), line in zip([(0, 64), (64, 128), (128, 200)], by_position.splitlines()[1:], strict=True):
+        name, *printed = line.split()
+        assert name == f"{start + 1}-{end}"
+        assert list(map(float, printed)) == pytest.approx(mean_and_error(losses[:, start:end]), abs=1e-4)
     final = read_log(Path(run.out_dir))[-1]  # of the last weights, which are the best here
     of_final = [final["val_loss"], final["val_ppl"], 100 * final["val_accuracy"], final["val_bpb"]]
     assert final["event"] == "final" and of_final == pytest.approx([loss, ppl, accuracy, bpb], rel=1e-4, abs=0.006)

@@ -72,62 +72,42 @@ def turned(x: np.ndarray) -> np.ndarray:
     return np.concatenate([z.real, z.imag], -1)
 
 
-def plain_attention(x: np.ndarray, w: dict[str, np.ndarray], n_head: int) -> np.ndarray:
-    """Compute the attention of x (T, C) with a T x T mask."""
-    T, C = x.shape
-    q, k, v = ((x @ w[f"{n}_proj.weight"].T).reshape(T, n_head, -1).transpose(1, 0, 2) for n in "qkv")  # (H, T, D)
-    q, k = turned(rms_norm(q, w["q_norm.weight"])), turned(rms_norm(k, w["k_norm.weight"]))
-    scores = q @ k.transpose(0, 2, 1) / math.sqrt(C / n_head)
-    scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
-    return (softmax(scores) @ v).transpose(1, 0, 2).reshape(T, C) @ w["o_proj.weight"].T
-
-
 def plain_forward(tokens: torch.Tensor, model: GPT) -> np.ndarray:
-    """Return the logits (T, V) of tokens (T,)."""
-    w = {name: weight.detach().double().numpy() for name, weight in model.named_parameters()}
-    x = w["embed.weight"][tokens.numpy()]
+    """Return the logits (T, V) of tokens (T,), in float64 and with a T x T mask."""
+    T, H, D = len(tokens), model.config.n_head, model.config.head_dim
+    w = {name.removesuffix(".weight"): weight.detach().double().numpy() for name, weight in model.named_parameters()}
+    x = w["embed"][tokens.numpy()]
     for i in range(model.config.n_layer):
-        block = {name.removeprefix(f"blocks.{i}."): weight for name, weight in w.items() if f"blocks.{i}." in name}
-        attention = {name.removeprefix("attn."): weight for name, weight in block.items()}
-        x = x + plain_attention(rms_norm(x, block["attn_norm.weight"]), attention, model.config.n_head)
-        h = rms_norm(x, block["mlp_norm.weight"])
-        gate, up = h @ block["mlp.gate_proj.weight"].T, h @ block["mlp.up_proj.weight"].T
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp.down_proj.weight"].T
-    return rms_norm(x, w["norm.weight"]) @ w["embed.weight"].T
-
-
-@pytest.mark.parametrize("config", [SMALL, ODD, WIDE], ids=["small", "odd", "wide"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
-def test_logits_are_those_of_the_forward_written_out_in_float64(config, dtype, tolerance):
-    model, tokens = random_model(config), random_tokens(config, 2, 70)
-    model.dtype = dtype
-    logits = model(tokens).detach()
-    assert logits.dtype == dtype
-    for row in range(2):
-        assert_near(logits[row].float(), plain_forward(tokens[row], model), tolerance)
+        b = {name.removeprefix(f"blocks.{i}."): weight for name, weight in w.items() if f"blocks.{i}." in name}
+        h = rms_norm(x, b["attn_norm"])
+        q, k, v = ((h @ b[f"attn.{name}_proj"].T).reshape(T, H, D).transpose(1, 0, 2) for name in "qkv")  # (H, T, D)
+        q, k = turned(rms_norm(q, b["attn.q_norm"])), turned(rms_norm(k, b["attn.k_norm"]))
+        scores = np.where(np.tri(T, dtype=bool), q @ k.transpose(0, 2, 1) / math.sqrt(D), -np.inf)
+        x = x + (softmax(scores) @ v).transpose(1, 0, 2).reshape(T, H * D) @ b["attn.o_proj"].T
+        h = rms_norm(x, b["mlp_norm"])
+        gate = h @ b["mlp.gate_proj"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ b["mlp.up_proj"].T)) @ b["mlp.down_proj"].T
+    return rms_norm(x, w["norm"]) @ w["embed"].T
 
 
 @pytest.mark.parametrize("dtype, each, mean", [
     (torch.float32, 1e-6, 1e-7), (torch.bfloat16, 5e-3, 3e-4), (torch.float16, 1e-3, 1e-4)
 ])  # fmt: skip
-def test_losses_and_hits_are_near_those_of_float64(dtype, each, mean):
+def test_logits_losses_and_hits_are_near_those_of_float64(dtype, each, mean):
     """With weights near a run's: the residual stream of a bfloat16 model is bfloat16 too."""
     model = GPT(GPTConfig(n_layer=6, n_head=4, n_embd=128, vocab_size=2_000), 128)
     model.init_weights(1)
-    with torch.no_grad():
-        model.embed.weight *= 5  # as it grows in training: losses spread over some nats
+    model.embed.weight.data *= 5  # as it grows in training: losses spread over some nats
     model.dtype = dtype
     windows = random_tokens(model.config, 2, 129)
-    for i in range(0, 128, 3):  # some targets that are hit, which random ones hardly are
-        windows[1, i + 1] = int(plain_forward(windows[1, : i + 1], model)[-1].argmax())
-    expected = np.empty((2, 128))
-    losses, hits = model.score(windows)
-    for row, (tokens, targets) in enumerate(zip(windows[:, :-1], windows[:, 1:])):
-        logits = plain_forward(tokens, model)
-        expected[row] = -np.log(softmax(logits)[np.arange(128), targets])
-        same = hits[row].numpy() == (logits.argmax(-1) == targets.numpy())
-        assert same.all() or dtype != torch.float32 and same.mean() > 0.98
-    assert hits[1].sum() > 38 and expected.std() > 0.5
+    windows[1, 1::2] = windows[1, :-1:2]  # a repeated token: the model expects it, since the embedding is the head
+    targets = windows[:, 1:].numpy()
+    exact = np.stack([plain_forward(row, model) for row in windows[:, :-1]])
+    expected = -np.log(np.take_along_axis(softmax(exact), targets[:, :, None], 2)[:, :, 0])
+    logits, (losses, hits) = model(windows[:, :-1]), model.score(windows)
+    assert logits.dtype == dtype and hits.sum() > 60
+    assert hits.tolist() == (exact.argmax(-1) == targets).tolist()
+    assert_near(logits.float(), exact, each)
     assert_near(losses, expected, each)
     assert losses.double().mean().item() == pytest.approx(expected.mean(), rel=mean)
     assert model.loss(windows).item() == pytest.approx(expected.sum(), rel=mean)
@@ -151,41 +131,29 @@ def test_flops_per_token_are_the_matrix_products_that_torch_counts(config, T):
 
 
 def test_a_model_starts_as_documented_and_knows_nothing():
+    """Norms are 1. Matrices are normal, by their variance and by Kolmogorov and Smirnov's distance."""
     model, other = (GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256), 64) for _ in range(2))
-    matrices = []
     for weight in model.parameters():
-        weight.data.fill_(math.nan)  # all of it has to be replaced
+        weight.data.fill_(math.nan)  # every value has to be replaced
     model.init_weights(1337)
     other.init_weights(1338)
-    assert (model.embed.weight == other.embed.weight).float().mean() < 0.01
+    matrices = [other.embed.weight.detach().flatten()[: 256 * 256]]
     for name, weight in model.named_parameters():
         if name.endswith("norm.weight"):
             assert (weight == 1).all(), name
             continue
         is_output = name.split(".")[-2] in ("o_proj", "down_proj")
-        x = weight.detach() / (0.02 / math.sqrt(8) if is_output else 0.02)
-        n = x.numel()
-        assert abs(x.mean().item()) < 5 / math.sqrt(n), name
-        assert abs(x.square().mean().item() - 1) < 5 * math.sqrt(2 / n), name
-        assert abs(x.square().square().mean().item() - 3) < 5 * math.sqrt(96 / n), name  # normal, not uniform
-        matrices.append(x.flatten()[: 256 * 256] / 256)
-    correlations = torch.stack(matrices) @ torch.stack(matrices).T  # no two matrices are alike
-    assert len(matrices) == 29 and (correlations - torch.diag(correlations.diag())).abs().max() < 6 / 256
+        x = weight.detach().double().flatten() / (0.02 / math.sqrt(8) if is_output else 0.02)
+        shares = (torch.arange(x.numel()) + 0.5) / x.numel()
+        assert abs(x.square().mean() - 1) < 5 * math.sqrt(2 / x.numel()), name
+        assert (torch.special.ndtr(x.sort().values) - shares).abs().max() < 1.7 / math.sqrt(x.numel()), name
+        matrices.append(x[: 256 * 256])
+    correlations = torch.corrcoef(torch.stack(matrices))  # no two matrices are alike
+    assert len(matrices) == 30 and (correlations - torch.eye(30)).abs().max() < 6 / 256
     # Logits have variance C * 0.02^2, whatever the target: log V + variance / 2 is expected
     loss = model.loss(random_tokens(model.config, 4, 65)).item() / (4 * 64)
     error = 0.02 * math.sqrt(256) / math.sqrt(4 * 64)
     assert loss == pytest.approx(math.log(50304) + 256 * 0.02**2 / 2, abs=4 * error)
-
-
-def make_sure(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
-    """Set each row of x to a multiple of its target's weights that gives the target a probability of 0.99."""
-    toward = weight[targets]
-    low, high = torch.zeros(len(x), 1), 50 / toward.square().sum(1, keepdim=True)
-    for _ in range(40):
-        middle = (low + high) / 2
-        p = (middle * toward @ weight.T).softmax(1).gather(1, targets[:, None])
-        low, high = torch.where(p < 0.99, middle, low), torch.where(p < 0.99, high, middle)
-    x.copy_(low * toward)
 
 
 def loss_and_gradients(function, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple:
@@ -203,14 +171,15 @@ def torchs_own(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 @pytest.mark.parametrize("stance", ["force_eager", "default"], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_cross_entropy_is_that_of_float64_and_loses_no_more_than_torchs_own(dtype, stance):
-    """Logits flat or in the hundreds, and targets of probability 0.99, whose gradients rounding could hide."""
+    """Logits flat or in the hundreds, and targets of probability near 0.99, whose gradients rounding could hide."""
     torch.compiler.set_stance(stance)
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(5000, 32, generator=generator).to(dtype).float()
     targets = torch.randint(5000, (200,), generator=generator)
     for scale, n_sure in ((0.1, 0), (1.0, 0), (20.0, 0), (1.0, 100), (1.0, 200)):
         x = (scale * torch.randn(200, 32, generator=generator)).to(dtype)
-        make_sure(x[:n_sure], weight, targets[:n_sure])
+        toward = weight[targets[:n_sure]]
+        x[:n_sure] = 18 * toward / toward.square().sum(1, keepdim=True)  # their targets' logits are 18
         expected = loss_and_gradients(torchs_own, x.double(), weight.double(), targets)
         ours = loss_and_gradients(CrossEntropy.apply, x, weight, targets)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -222,33 +191,24 @@ def test_cross_entropy_is_that_of_float64_and_loses_no_more_than_torchs_own(dtyp
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_compiling_changes_losses_and_gradients_by_rounding_alone(dtype, tolerance):
-    results = {True: [], False: []}
-    for compiled, seen in results.items():
+    def results(compiled: bool) -> list[torch.Tensor]:
         model = GPT(ODD, 64)
         model.init_weights(2)
         on_machine(model, "cpu", dtype, compiled)
-        for shape in ((4, 65), (1, 33)):
+        results = []
+        for windows in (random_tokens(ODD, 4, 65), random_tokens(ODD, 1, 33)):
             model.zero_grad()
-            loss = model.loss(random_tokens(ODD, *shape))
+            loss = model.loss(windows)
             loss.backward()
-            seen += [loss, *model.score(random_tokens(ODD, *shape)), *(weight.grad for weight in model.parameters())]
-    for eager, compiled in zip(results[False], results[True], strict=True):
+            results += [loss, *model.score(windows), *(weight.grad for weight in model.parameters())]
+        return results
+
+    for eager, compiled in zip(results(False), results(True), strict=True):
         assert_near(compiled.float(), eager.float(), tolerance)
 
 
-@pytest.mark.parametrize("capabilities, dtype", [
-    ({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": True, "amx_bf16": False}, torch.float32),
-    ({"architecture": "aarch64"}, torch.float32),
-])  # fmt: skip
-def test_a_cpu_with_amx_multiplies_in_bfloat16(monkeypatch, capabilities, dtype):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert on_machine(GPT(SMALL, 8), "cpu", compile=False).dtype == dtype
-    assert on_machine(GPT(SMALL, 8), "cpu", "float16", compile=False).dtype == torch.float16
-
-
-@pytest.mark.parametrize("device", ["cuda:97", "cuda", "gpu", "meta", "cpu:x"])
-def test_a_device_that_cannot_be_used_is_the_users_error(monkeypatch, device):
+@pytest.mark.parametrize("device, tried", [("cuda", "cuda:98"), ("gpu", "gpu"), ("meta", "meta"), ("cpu:x", "cpu:x")])
+def test_a_device_that_cannot_be_used_is_the_users_error(monkeypatch, device, tried):
     monkeypatch.setenv("LOCAL_RANK", "98")
-    with pytest.raises(UserError, match=f"device='{device}.*' cannot be used here: ") as refusal:
+    with pytest.raises(UserError, match=f"device='{tried}' cannot be used here: "):
         on_machine(GPT(SMALL, 8), device)
-    assert device != "cuda" or "'cuda:98'" in str(refusal.value)

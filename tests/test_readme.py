@@ -80,6 +80,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in (OWN, "config/demo.py"):
         with open(name, "a") as file:
             file.write("\nn_layer, n_head, n_embd, max_steps, log_interval, eval_tokens = 1, 2, 32, 1, 1, 64\n")
+            file.write("micro_batch_tokens = 2_048\n")
     return tmp_path
 
 

@@ -1,6 +1,5 @@
 """bench/recipe.py: nanoGPT's model and schedule, equal budgets, and a run from its training to the tables."""
 
-import json
 import math
 from argparse import Namespace
 
@@ -11,17 +10,17 @@ import torch.nn.functional as F
 
 import train
 from bench import recipe
+from bench.breakdown import muon_flops
 from config import curriculum9
 from curriculum import Curriculum
 from model import GPTConfig, on_machine
 
-TINY = {"n_layer": 1, "n_head": 1, "n_embd": 32, "compile": False, "device": "cpu", "dtype": "float32",
-        "micro_batch_tokens": 2_048, "eval_tokens": 2_048}  # fmt: skip
-
 
 def run_of(variant: str, steps: int, batch_tokens: int, lr: float) -> dict:
+    keys = {"n_layer": 1, "n_head": 1, "n_embd": 32, "compile": False, "device": "cpu", "dtype": "float32",
+            "micro_batch_tokens": 2_048, "eval_tokens": 2_048, "learning_rate": lr}  # fmt: skip
     return {"variant": variant, "seed": 0, "tokens": steps * batch_tokens, "batch_tokens": batch_tokens, "data": "x",
-            "keys": TINY | {"learning_rate": lr}}  # fmt: skip
+            "keys": keys}  # fmt: skip
 
 
 def test_gpt2_is_transformers_gpt2():
@@ -33,19 +32,17 @@ def test_gpt2_is_transformers_gpt2():
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=32, vocab_size=96, n_positions=24, activation_function="gelu", resid_pdrop=0,
         embd_pdrop=0, attn_pdrop=0))  # fmt: skip
-    names = {"embed": "wte", "positions": "wpe", "norm": "ln_f"}
-    names |= {f"blocks.{i}.{a}": f"h.{i}.{b}" for i in range(2) for a, b in (
-        ("ln_1", "ln_1"), ("ln_2", "ln_2"), ("c_attn", "attn.c_attn"), ("o_proj", "attn.c_proj"),
-        ("c_fc", "mlp.c_fc"), ("down_proj", "mlp.c_proj"))}  # fmt: skip
+    names = {"embed": "wte", "positions": "wpe", "norm": "ln_f", "blocks": "h", "c_attn": "attn.c_attn",
+             "o_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "down_proj": "mlp.c_proj"}  # fmt: skip
     with torch.no_grad():
         for weight in theirs.parameters():
             weight.zero_()  # the biases stay so
         for name, weight in ours.named_parameters():
             if weight.ndim == 1:
                 weight.uniform_(0.5, 1.5)
-            name = name.removesuffix(".weight")
-            is_linear = name not in ("embed", "positions") and weight.ndim == 2
-            theirs.transformer.get_submodule(names[name]).weight.copy_(weight.T if is_linear else weight)
+            same = theirs.transformer.get_parameter(".".join(names.get(part, part) for part in name.split(".")))
+            is_linear = name.startswith("blocks") and weight.ndim == 2
+            same.copy_(weight.T if is_linear else weight)
         windows = torch.randint(96, (3, 25), generator=torch.Generator().manual_seed(0))
         logits = theirs(windows[:, :-1]).logits
         assert (ours(windows[:, :-1]) - logits).abs().max() < 1e-5 < logits.std() / 100
@@ -69,34 +66,24 @@ def test_gpt2_starts_and_decays_as_nanogpt_does():
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
 
 
-def nanogpt_lr(step: int) -> float:
-    """As nanoGPT's train.py has it, for 40 steps of which 4 are warmup."""
-    if step < 4:
-        return 1e-3 * (step + 1) / 5
-    return 1e-4 + 0.5 * (1 + math.cos(math.pi * (step - 4) / 36)) * (1e-3 - 1e-4)
-
-
-def linear_lr(step: int) -> float:
-    return 1e-3 * min(1, (step + 1) / 4, (40 - step) / 36)
-
-
-def table_lr(step: int) -> float:
-    """The factor of the row of curriculum9 that the middle of this step falls into, by its share of the tokens."""
-    tokens = [(end[0] - row[0]) * row[1] * row[2]
-              for row, end in zip(curriculum9.stages, [*curriculum9.stages[1:], [100_000]])]  # fmt: skip
-    factor = curriculum9.stages[np.searchsorted(np.cumsum(tokens), sum(tokens) * (step + 0.5) / 40)][3]
-    return 1e-3 * factor * min(1, (step + 1) / 4, (40 - step) / 7)
+# The rates of 40 steps, of which 4 are warmup: nanoGPT's as its train.py has them, the others linear
+STEP = np.arange(40)
+COSINE = np.where(STEP < 4, (STEP + 1) / 5, 0.1 + 0.9 * (1 + np.cos(np.pi * (STEP - 4) / 36)) / 2)
+LINEAR = np.minimum(1, np.minimum((STEP + 1) / 4, (40 - STEP) / 36))
+# The table's factor is that of the row which the step's middle falls into, by its share of the tokens
+ENDS = np.cumsum([32.768, 32.768, 65.536, 65.536, 96.768, 114.688, 153.6, 245.76, 819.2])
+FACTORS = np.array([row[3] for row in curriculum9.stages])[np.searchsorted(ENDS / ENDS[-1], (STEP + 0.5) / 40)]
+TABLE = FACTORS * np.minimum(1, np.minimum((STEP + 1) / 4, (40 - STEP) / 7))
 
 
 @pytest.mark.parametrize("variant, expected", [
-    ("nanogpt", nanogpt_lr), ("2048", linear_lr), ("doubling", linear_lr), ("table", table_lr)])  # fmt: skip
+    ("nanogpt", COSINE), ("2048", LINEAR), ("doubling", LINEAR), ("table", TABLE)])  # fmt: skip
 def test_learning_rates_are_what_the_variants_say(variant, expected):
-    args = Namespace(data_dir="x", results="x")
-    config = recipe.config_of(run_of(variant, 40, 6_144, 1e-3), args)  # 6,144 is a multiple of all lengths
+    run = run_of(variant, 40, 6_144, 1e-3)  # 6,144 is a multiple of all lengths
+    config = recipe.config_of(run, Namespace(data_dir="x", results="x"))
     rate = recipe.nanogpt_rate if variant == "nanogpt" else train.learning_rate
     curriculum = Curriculum(config.stages, config.max_steps)
-    rates = [rate(config, curriculum.at(step), step) for step in range(40)]
-    assert config.max_steps == 40 and rates == pytest.approx([expected(step) for step in range(40)])
+    assert [rate(config, curriculum.at(step), step) for step in STEP] == pytest.approx(1e-3 * expected)
 
 
 def test_every_variant_has_the_same_budget():
@@ -110,8 +97,8 @@ def test_every_variant_has_the_same_budget():
             assert stages[-1][:2] == (max_steps, 2048)
 
 
-def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch, capsys):
-    """Two variants, scored at 256: by the last weights' logits, what was spent by hand; then nothing is left to do."""
+def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
+    """Two variants, scored at 256: losses from the last weights' logits, what was spent computed by hand."""
     rows = {"grown": {"rows": [(0.5, 64, 1.0), (0.5, 256, 1.0)]}, "nanogpt": {"rows": [(1.0, 256, 1.0)]}}
     for name, value in {"VARIANTS": rows, "LAST_LEN": 256, "CUTS": (64,), "WINDOWS": 2, "POINTS": 1}.items():
         monkeypatch.setattr(recipe, name, value)
@@ -124,11 +111,9 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch, cap
     for run in runs:
         recipe.train_run(run, args)
     paths = [recipe.result_path(run, args) for run in runs]
-    grown, nanogpt = (json.loads(path.read_text()) for path in paths)
+    grown, nanogpt = (recipe.read_result(path, None) for path in paths)
     assert [point["tokens"] for point in grown["points"]] == [0, 512, 1024]
-    price = GPTConfig(1, 1, 32).flops_per_token
-    # Muon: five rounds; in each X X', of m * m * n multiplications, its square, and that times X. The hidden size is 64
-    muon = 2 * 5 * sum(2 * m * m * n + m**3 for m, n in [(32, 32)] * 4 + [(32, 64)] * 3)
+    price, muon = GPTConfig(1, 1, 32).flops_per_token, muon_flops(GPTConfig(1, 1, 32))
     assert [point["flops"] for point in grown["points"]] == [
         0, 512 * price(64) + 2 * muon, 512 * (price(64) + price(256)) + 4 * muon]  # fmt: skip
 
@@ -142,16 +127,8 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch, cap
                                  for i in range(first, first + 256, n)]) for first in (0, 8 * 256)]  # fmt: skip
         assert nanogpt["losses"][str(n)] == pytest.approx(expected, abs=1e-4)
 
-    monkeypatch.setattr(recipe, "get_context", None)  # nothing is trained again
-    monkeypatch.setattr(recipe, "result_path", lambda run, args: paths[run["variant"] == "nanogpt"])
     rates = {"ours": {"64": 512 / 3, "256": 512 / 4}, "nanoGPT": {"256": 1.0}, "nanoGPT bf16": {"256": 1024 / 5}}
-    (tmp_path / "rates.json").write_text(json.dumps({"tokens_per_s": rates}))
-    flags = [f"--results={tmp_path}", f"--data_dir={small_dir}", "--tokens=1024", "--batch_tokens=256"]
-    flags += ["--seeds=1", "--rates=rates.json"]
-    monkeypatch.setattr("sys.argv", ["recipe.py", "nanogpt", "grown", *flags])
-    recipe.main()
-    text = capsys.readouterr().out
-    assert text.count("done") == 2 and "torch.float32" in text
+    text = recipe.tables([recipe.read_result(path, rates) for path in reversed(paths)])
     ours, theirs = (result["losses"]["256"] for result in (grown, nanogpt))
     difference, error = np.subtract(ours, theirs), np.std(np.subtract(ours, theirs), ddof=1) / math.sqrt(2)
     at_tokens = grown["points"][2]["loss"] - nanogpt["points"][1]["loss"]
@@ -159,4 +136,4 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch, cap
     at_seconds = (grown["points"][1]["loss"] + grown["points"][2]["loss"]) / 2 - nanogpt["points"][1]["loss"]
     cells = [f"{difference.mean():+.3f} ± {error:.3f}", f"{at_tokens:+.3f}", f"{at_seconds:+.3f}"]
     row = next(line for line in text.splitlines() if line.split()[:3] == ["grown", "0.01", "1"])
-    assert [cells[0] in row, *row.split()[-3::2]] == [True, *cells[1:]]
+    assert "torch.float32" in text and [cells[0] in row, *row.split()[-3::2]] == [True, *cells[1:]]

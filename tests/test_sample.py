@@ -1,8 +1,7 @@
-"""Text out of a checkpoint: the cache against the whole forward pass, the distribution against transformers', greedy
-text repeated by hand, the characters that are shown, and a user's mistakes."""
+"""Text out of a checkpoint, against transformers and the model's whole forward pass; and a user's mistakes."""
 
 import io
-import subprocess
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, SMALL, call_program
 
 import sample
 from checkpoint import load_model
@@ -18,24 +17,22 @@ from data import ENDOFTEXT, VOCAB_SIZE
 from model import GPT, Cache, GPTConfig
 from packages import gpt2_encoding
 from sample import decode, generate, next_probabilities
-from settings import user_errors
 
 GREEDY = {"seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
 
 def train_run(folder: Path, **keys: object) -> Path:
     """Train a tiny model by the program and return its out_dir."""
-    keys = {"n_layer": 1, "n_head": 2, "n_embd": 32, "learning_rate": 1e-2, "warmup_steps": 0, "device": "cpu",
-            "dtype": "float32", "compile": False, "log_interval": 1, "out_dir": str(folder / "run")} | keys  # fmt: skip
+    keys = SMALL | {"out_dir": str(folder / "run")} | keys
     (folder / "tiny.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
-    subprocess.run([sys.executable, "train.py", str(folder / "tiny.py")], cwd=ROOT, check=True)
+    assert call_program("train.py", folder / "tiny.py").returncode == 0
     return folder / "run"
 
 
 def wild_model(config: GPTConfig, max_seq_len: int) -> GPT:
     """Weights as no run begins with: attention is far from uniform, and the text does not repeat one token."""
     torch.manual_seed(0)
-    model = GPT(config, max_seq_len).eval()
+    model = GPT(config, max_seq_len).requires_grad_(False)
     for weight in model.parameters():
         torch.nn.init.uniform_(weight, 0.5, 2) if weight.ndim == 1 else torch.nn.init.normal_(weight, std=0.3)
     return model
@@ -45,21 +42,12 @@ def wild_model(config: GPTConfig, max_seq_len: int) -> GPT:
 def trained(tmp_path_factory, small_dir):
     """A run that ends before the last stage of its table, of a few steps, so that its text is not all one token."""
     stages = ((0, 32, 8, 1.0), (4, 48, 8, 1.0), (8, 64, 8, 1.0))
-    keys = {"data_dir": str(small_dir), "stages": stages, "max_steps": 8, "eval_tokens": 512}
-    return train_run(tmp_path_factory.mktemp("trained"), **keys)
+    return train_run(tmp_path_factory.mktemp("trained"), data_dir=str(small_dir), stages=stages, max_steps=8)
 
 
 @pytest.fixture
-def run_main(trained, monkeypatch, capsys):
-    """Runs the program in this process and returns its output (out, err)."""
-
-    def run(*arguments: str) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained}", "--max_new_tokens=20", *arguments])
-        with user_errors("fewer --samples take less"):
-            sample.main()
-        return capsys.readouterr()
-
-    return run
+def run_sample(trained):
+    return lambda *arguments: call_program("sample.py", f"--out_dir={trained}", "--max_new_tokens=20", *arguments)
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 37, 100])
@@ -68,24 +56,19 @@ def test_logits_with_the_cache_are_those_of_the_whole_forward(prompt):
     config = GPTConfig(3, 4, 64, vocab_size=257)
     model = wild_model(config, 100)
     tokens = torch.randint(257, (3, 100), generator=torch.Generator().manual_seed(prompt))
-    with torch.no_grad():
-        whole = model(tokens)
     cache = Cache(config, 3, 100, torch.device("cpu"))
     logits = [model.extend(cache, tokens[:, :prompt])]
     logits += [model.extend(cache, tokens[:, i : i + 1]) for i in range(prompt, 100)]
-    assert cache.length == 100
-    torch.testing.assert_close(torch.stack(logits, 1), whole[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
-    cache.length = 3
-    with pytest.raises(AssertionError):  # several tokens after the first ones
-        model.extend(cache, tokens[:, 3:5])
+    torch.testing.assert_close(torch.stack(logits, 1), model(tokens)[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
 
 
-def test_in_bfloat16_the_matrices_alone_are_rounded_and_the_logits_stay_near(monkeypatch, run_main):
+def test_in_bfloat16_the_matrices_alone_are_rounded_and_the_logits_stay_near(monkeypatch):
     """The model as the program uses it, against the same model in float32."""
     config, used = GPTConfig(3, 4, 64), []
     monkeypatch.setattr(sample, "load_model", lambda path: (wild_model(config, 60), {}))
     monkeypatch.setattr(sample, "generate", lambda model, *_: used.append(model) or iter([]))
-    run_main("--dtype=bfloat16", "--device=cpu")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--dtype=bfloat16", "--device=cpu"])
+    sample.main()
     (model,) = used
     tokens = torch.randint(VOCAB_SIZE, (2, 60), generator=torch.Generator().manual_seed(0))
     cache = Cache(config, 2, 60, torch.device("cpu"))
@@ -93,21 +76,17 @@ def test_in_bfloat16_the_matrices_alone_are_rounded_and_the_logits_stay_near(mon
     for i in range(30, 60):
         logits = model.extend(cache, tokens[:, i : i + 1])
     assert {(weight.ndim, weight.dtype) for weight in model.parameters()} == {(1, torch.float32), (2, torch.bfloat16)}
-    with torch.no_grad():
-        exact = wild_model(config, 60)(tokens)[:, -1]
+    exact = wild_model(config, 60)(tokens)[:, -1]
     assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-def test_greedy_texts_with_and_without_the_cache_are_identical():
-    """300 tokens, from prompts of several lengths; without the cache, the whole text goes through model() each time."""
+def test_greedy_texts_are_the_likeliest_of_the_whole_forward():
+    """300 tokens, from prompts of several lengths; without the cache, the whole text goes through model() at once."""
     model = wild_model(GPTConfig(2, 2, 48, vocab_size=500), 400)
     for prompt in ([7], [7, 464, 210, 286], list(range(100, 190))):
         made = [token for (token,) in generate(model, prompt, 1, 300, **GREEDY)]
-        expected = list(prompt)
-        while len(expected) < len(prompt) + 300:
-            with torch.no_grad():
-                expected.append(model(torch.tensor([expected]))[0, -1].argmax().item())
-        assert made == expected[len(prompt) :] and len(set(made)) > 10
+        likeliest = model(torch.tensor([prompt + made]))[0].argmax(-1).tolist()
+        assert made == likeliest[len(prompt) - 1 : -1] and len(made) == 300 and len(set(made)) > 10
 
 
 @pytest.mark.parametrize("temperature", [0, 0.3, 1.0, 2.5])
@@ -133,11 +112,10 @@ def test_probabilities_are_those_of_transformers_without_the_padding(temperature
 
 def test_tokens_are_drawn_with_the_probabilities_of_the_model():
     """The first token of many samples, against the softmax by hand: a chi-square test with 8 degrees of freedom."""
-    model = GPT(GPTConfig(1, 2, 32), 16)
+    model = GPT(GPTConfig(1, 2, 32), 16).requires_grad_(False)
     model.init_weights(0)
     model.embed.weight.data *= 5  # so that the distribution is far from even
-    with torch.no_grad():
-        largest = model(torch.tensor([[464]]))[0, -1, :VOCAB_SIZE].double().topk(9)
+    largest = model(torch.tensor([[464]]))[0, -1, :VOCAB_SIZE].double().topk(9)
     weights = torch.softmax(largest.values / 0.8, 0).numpy()
     (drawn,) = generate(model, [464], 2000, 1, seed=1, temperature=0.8, top_k=9, top_p=1.0)
     counts = np.array([drawn.count(token) for token in largest.indices.tolist()])
@@ -162,50 +140,48 @@ def test_no_character_is_shown_before_it_is_whole():
         for i in range(len(tokens)):  # what "ignore" leaves out is the beginning of a character
             assert "".join(pieces[: i + 1]) == encoding.decode_bytes(tokens[: i + 1]).decode(errors="ignore")
         assert "".join(pieces) == text
-    half = encoding.encode_ordinary("🏳")[:1]
-    assert list(decode(half, encoding)) == ["", "\ufffd"]
+    assert list(decode(encoding.encode_ordinary("🏳")[:1], encoding)) == ["", "\ufffd"]  # half a character
 
 
-def test_a_single_text_is_written_out_as_it_is_made(run_main, monkeypatch):
+def test_a_single_text_is_written_out_as_it_is_made(trained, monkeypatch):
     """Before a token is drawn, all text up to it has left the program's buffers."""
     encoding, screen = gpt2_encoding(), io.BytesIO()
-    words = [" and", " so", " on"]
 
     def slowly(*_):
-        for i, word in enumerate(words):
-            assert screen.getvalue().decode() == "It goes" + "".join(words[:i])
+        for written, word in (("", " and"), (" and", " so"), (" and so", " on")):
+            assert screen.getvalue().decode() == "It goes" + written
             yield encoding.encode_ordinary(word)
 
     monkeypatch.setattr(sample, "generate", slowly)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen))
-    run_main("--prompt=It goes")
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained}", "--prompt=It goes"])
+    sample.main()
     sys.stdout.flush()
     assert screen.getvalue().decode() == "It goes and so on\n"
 
 
-def test_the_seed_decides_wherever_the_prompt_comes_from(run_main, monkeypatch, tmp_path):
+def test_the_seed_decides_wherever_the_prompt_comes_from(run_sample, monkeypatch, tmp_path):
     """Three texts; the prompt from the command line, a file, and standard input."""
     prompt, file = "Ångström\n\nis", tmp_path / "prompt.txt"
     file.write_text(prompt + "\n")
-    how = ["--samples=3", "--temperature=2"]
-    first = run_main(*how, f"--prompt={prompt}", "--seed=1").out
-    assert first == run_main(*how, f"--prompt_file={file}", "--seed=1").out
-    assert first != run_main(*how, f"--prompt_file={file}", "--seed=2").out
     monkeypatch.setattr(sys, "stdin", file.open())
-    assert first == run_main(*how, "--prompt_file=-", "--seed=1").out
-    one, two, three = first.split("\n\n--- ")
-    two, three = two.removeprefix("2 ---\n\n"), three.removeprefix("3 ---\n\n")
-    assert all(text.startswith(prompt) for text in (one, two, three)) and len({one, two, three}) == 3
+    sources = (f"--prompt={prompt}", 1), (f"--prompt_file={file}", 1), ("--prompt_file=-", 1), (f"--prompt={prompt}", 2)
+    first, from_file, from_stdin, other_seed = (
+        run_sample("--samples=3", "--temperature=2", source, f"--seed={seed}").stdout for source, seed in sources
+    )
+    assert first == from_file == from_stdin != other_seed
+    texts = re.split("\n\n--- [23] ---\n\n", first)
+    assert all(text.startswith(prompt) for text in texts) and len(set(texts)) == 3
 
 
-def test_the_longest_trained_window_ends_the_text(trained, run_main):
+def test_the_longest_trained_window_ends_the_text(trained, run_sample):
     """Of the table's stages only those that the run has reached count."""
     model, checkpoint = load_model(trained / "best.pt")
     assert (model.max_seq_len, checkpoint["step"]) == (48, 8)
     assert len(list(generate(model, [464] * 22, 1, 200, **GREEDY))) == 26
     prompt = "--prompt=word" + " word" * 20  # 22 tokens with the one that begins the article
-    for n, message in ((26, ""), (27, "texts stop at 48 tokens: the model was trained on windows no longer\n")):
-        assert run_main(prompt, f"--max_new_tokens={n}").err == message
+    assert run_sample(prompt, "--max_new_tokens=26").stderr == ""
+    assert "texts stop at 48 tokens" in run_sample(prompt, "--max_new_tokens=27").stderr
 
 
 MISTAKES = """--temperature=-1 --temperature=nan --top_p=0 --samples=0 --seed=-1 --max_new_tokens=many --device=cuda:9
@@ -213,10 +189,8 @@ MISTAKES = """--temperature=-1 --temperature=nan --top_p=0 --samples=0 --seed=-1
 
 
 @pytest.mark.parametrize("mistake", [*MISTAKES.split(), "--prompt=" + "word " * 50, f"--samples={10**13}"])
-def test_a_mistake_is_one_line_and_status_2(run_main, monkeypatch, capsys, mistake):
+def test_a_mistake_is_one_line_and_status_2(run_sample, monkeypatch, mistake):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as exit:
-        run_main(mistake)
-    done, word = capsys.readouterr(), mistake.partition("=")[0].removeprefix("--").removesuffix("_file")
-    assert (exit.value.code, done.out, done.err.count("\n")) == (2, "", 1)
-    assert {"out_dir": "nowhere/best.pt"}.get(word, word) in done.err
+    done, word = run_sample(mistake), mistake.partition("=")[0].removeprefix("--").removesuffix("_file")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert {"out_dir": "nowhere/best.pt"}.get(word, word) in done.stderr

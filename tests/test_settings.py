@@ -157,7 +157,8 @@ def test_no_bug_is_taken_for_a_users_error(kind):
 
 # What a user types after `train.py small.py` (or another program), and a part of the line that answers
 MISTAKES = {
-    **{argument: f"{argument!r}: it should be --key=value" for argument in ("seed=3", "--seed", "-seed=3", "3", "--")},
+    **{argument: f"{argument!r}: it should be --key=value" for argument in ("--seed", "-seed=3", "--")},
+    "seed=3": "one config file and --key=value arguments, not small.py seed=3",
     "--weight_decay=-1": "weight_decay=-1",
     "--learning_rate=0": "learning_rate=0",
     f"--seed={10**20}": "seed=100",
@@ -178,13 +179,13 @@ MISTAKES = {
     "--out_dir=foreign --resume=True": "foreign/last.pt is damaged",
     "--out_dir=model --resume=True": "not a checkpoint of this version",
     "--n_embd=4000000": "out of memory: halve --micro_batch_tokens",
-    "train.py --seed=3 small.py": "config file first",
-    "curriculum.py small.py --speed=4090_at_15": "4090",
+    "train.py --seed=3": "one config file and --key=value arguments, not --seed=3",
+    "curriculum.py small.py --speed=4090_at_15": "--speed is a number",
     "curriculum.py small.py --plan_ppl=(2000,5000)": "plan_ppl: ",
     "curriculum.py small.py --plan_ppl=[(2,9),(2,8)]": "plan_ppl: ",
     "curriculum.py small.py --phases=('a',10)": "phases: ",
     "curriculum.py small.py --data_dir=nowhere": "nowhere is not a dataset",
-    "evaluate.py": "--out_dir",
+    "evaluate.py": "cannot read out/run/best.pt: No such file",
     "evaluate.py --out_dir=nowhere": "cannot read nowhere/best.pt: No such file",
     "evaluate.py --out_dir=foreign": "foreign/best.pt is damaged",
     "evaluate.py --out_dir=used --dtype=bf16": "bf16",
