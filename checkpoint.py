@@ -28,7 +28,6 @@ from settings import Config, UserError, one_line
 # Keys that may differ between a checkpoint and the run that resumes it. Any other would make it another run.
 MAY_CHANGE = ("data_dir out_dir resume max_steps cooldown_steps plan_ppl phases micro_batch_tokens device dtype "
               "compile eval_interval patience checkpoint_interval log_interval").split()
-RUN_KEYS = {"config", "step", "model", "optimizers", "scaler", "progress", "fingerprint", "log_length"}  # of last.pt
 
 
 @dataclasses.dataclass
@@ -58,7 +57,7 @@ class Damaged(UserError):
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write state to disk, then give it the name; last.pt becomes prev.pt. After an OSError the old file is there."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name("checkpoint.tmp")  # one name: what a kill left is overwritten, and takes no room
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -90,9 +89,9 @@ def load_checkpoint(path: Path) -> dict:
         if one_line(error):  # a lack of memory, or the line above
             raise
         raise Damaged(f"{path} is damaged: {error or type(error).__name__}") from error
-    expected = RUN_KEYS if path.name != "best.pt" else {"config", "step", "model"}
-    if missing := expected - (state.keys() if isinstance(state, dict) else set()):
-        raise UserError(f"{path} is not a checkpoint of this version: it has no {', '.join(sorted(missing))}")
+    expected = {"config", "step", "model", *(("progress", "log_length") if path.name != "best.pt" else ())}
+    if not isinstance(state, dict) or not expected <= state.keys():
+        raise UserError(f"{path} is not a checkpoint of this version: it lacks one of {', '.join(sorted(expected))}")
     return state
 
 
@@ -123,7 +122,7 @@ class Run:
         self.config, self.fingerprint, self.team = config, fingerprint, team
         self.out_dir, self.is_writer = Path(config.out_dir), team.rank == 0
         self.source = self.file = None  # name of the checkpoint that was read; descriptor of log.jsonl, locked
-        self.length, self.pending = 0, b""  # bytes of the log on the disk, and records that are not yet there
+        self.length, self.pending, self.written = 0, b"", 0  # bytes of the log on disk; what follows; written of that
         self.refused = set()  # files of which the disk refused the last write
 
     def read(self) -> dict | None:
@@ -132,6 +131,8 @@ class Run:
         used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if (self.out_dir / name).exists()]
         if used and not self.config.resume:
             raise UserError(f"{self.out_dir} holds a run ({', '.join(used)}): give --resume=True or another --out_dir")
+        if used and self.is_writer:
+            self.lock()  # before reading: a run that is about to end may be writing its last checkpoint
         name = "last.pt" if "last.pt" in used else "prev.pt"  # a kill between two renames leaves prev.pt alone
         try:
             state = load_checkpoint(self.out_dir / name) if name in used else None
@@ -158,10 +159,8 @@ class Run:
         self.source, self.length = name, state["log_length"]
         return state
 
-    def start(self) -> None:
-        """Make out_dir, lock the log, and truncate it to the length that the checkpoint counts on."""
-        if not self.is_writer:
-            return
+    def lock(self) -> None:
+        """Make out_dir, and open and lock the log."""
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.out_dir / "log.jsonl", os.O_RDWR | os.O_CREAT, 0o666)
@@ -171,6 +170,13 @@ class Run:
         except OSError as error:
             if self.file is None:  # else the file is open on a network file system without locks
                 raise UserError(f"cannot write in out_dir {self.out_dir}: {error.strerror}") from error
+
+    def start(self) -> None:
+        """Truncate the log to the length that the checkpoint counts on."""
+        if not self.is_writer:
+            return
+        if self.file is None:
+            self.lock()
         if os.fstat(self.file).st_size < self.length:
             raise UserError(f"{self.out_dir}/log.jsonl is shorter than its checkpoint says: was it edited?")
         os.truncate(self.file, self.length)
@@ -183,24 +189,24 @@ class Run:
             self.flush()
 
     def flush(self, durably: bool = False) -> None:
-        """Write pending records at the end of the log."""
+        """Write pending records at the end of the log; durably, write all of them again and wait for the disk."""
         with self.attempt("log.jsonl"):
-            while self.pending:
-                written = os.pwrite(self.file, self.pending, self.length)  # a full disk may take a part
-                self.length, self.pending = self.length + written, self.pending[written:]
+            self.written = 0 if durably else self.written  # a failed fsync may have dropped what was written before
+            while self.written < len(self.pending):  # a full disk may take a part
+                self.written += os.pwrite(self.file, self.pending[self.written :], self.length + self.written)
             if durably:
                 os.fsync(self.file)
+                self.length, self.pending, self.written = self.length + self.written, b"", 0
 
-    def save(self, name: str, **state: object) -> bool:
-        """Write a checkpoint of `state`, the log first; return whether the file is there."""
+    def save(self, name: str, **state: object) -> None:
+        """Write a checkpoint of `state`, the log first."""
         if self.is_writer:
             self.flush(durably=True)
             state |= {"config": dataclasses.asdict(self.config), "fingerprint": self.fingerprint}
             with self.attempt(name):
                 if "log.jsonl" in self.refused:
-                    raise OSError(5, "its log comes first")
+                    raise OSError(5, "the log before it was refused")
                 save_checkpoint(self.out_dir / name, state | {"log_length": self.length})
-        return name not in self.refused
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:

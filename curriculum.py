@@ -1,8 +1,6 @@
-"""The curriculum: the stage table, and what it implies.
+"""The curriculum: the stage table, and what it implies. The program prints what a run takes, --speed in tokens/s:
 
     python curriculum.py config/curriculum9.py [--data_dir=data/wiki] [--speed=130000]
-
-The program prints the plan: what a run takes, at a speed in tokens/s or on an RTX 4090 at 15 % of its peak.
 """
 
 import math
@@ -19,8 +17,8 @@ from settings import Config, UserError, load_config, user_errors
 PEAK_FLOPS = {"NVIDIA GeForce RTX 3090": 71e12, "NVIDIA GeForce RTX 4090": 165.2e12, "NVIDIA A100-SXM4-40GB": 312e12,
               "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # fmt: skip
 
-# What the table was planned for: a corpus, without its 5 % held out, and a speed. The plan is for them unless told.
-PLANNED_ARTICLES, PLANNED_TOKENS = 225_870, 874_000_000
+# The corpus (without its 5 % held out) and the speed of curriculum9.py's plan; --data_dir and --speed replace them.
+PLANNED_CORPUS = {"articles": 225_870, "tokens": 874_000_000}
 PLANNED_FLOPS_PER_S = 0.15 * PEAK_FLOPS["NVIDIA GeForce RTX 4090"]
 
 
@@ -150,12 +148,11 @@ def main() -> None:
             raise ValueError
     except ValueError:
         raise UserError("--speed is a number of tokens/s") from None
-    corpus, articles, tokens = "the plan's corpus", PLANNED_ARTICLES, PLANNED_TOKENS
+    corpus, counts = "the plan's corpus", PLANNED_CORPUS
     if any(argument.startswith("--data_dir=") for argument in argv):
-        data = open_dataset(config.data_dir, Curriculum(config.stages, config.max_steps).max_len)
-        corpus, counts = config.data_dir, data.meta["splits"]["train"]
-        articles, tokens = counts["articles"], counts["tokens"]
-    print_plan(config, corpus, articles, tokens, speeds[-1] if speeds else None)
+        corpus = config.data_dir
+        counts = open_dataset(corpus, Curriculum(config.stages, config.max_steps).max_len).meta["splits"]["train"]
+    print_plan(config, corpus, counts["articles"], counts["tokens"], speeds[-1] if speeds else None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The score of held-out windows: in a run, and as a program that of best.pt at every length and position.
+"""Score held-out windows in a run; as a program, score its best.pt at every length and position.
 
     python evaluate.py --out_dir=out/demo [--data_dir=data/other] [--device=cpu] [--dtype=float32]
 """
@@ -20,8 +20,6 @@ from data import Dataset, Split, micro_batches, open_dataset
 from model import GPT, on_machine
 from parallel import Team
 from settings import Config, check_ranges, read_arguments, user_errors
-
-OVERFIT_GAP = math.log(2)  # nats, chosen: validation perplexity is twice that of training
 
 
 class Score(NamedTuple):
@@ -51,8 +49,8 @@ def position_ranges(seq_len: int) -> list[tuple[int, int]]:
 def score_windows(
     model: GPT, split: Split, seq_len: int, numbers: ndarray, token_bytes: ndarray, micro_batch_tokens: int, team: Team
 ) -> Score:
-    """Score the windows of a split with these numbers. The standard errors count a window as one observation; windows
-    of one article resemble each other, so far below its length the true error is larger."""
+    """Score the windows of a split with these numbers. Standard errors count a window as one observation. Windows of
+    one article resemble each other: where windows are much shorter than articles, the true error is larger."""
     n, ranges = len(numbers), [(0, seq_len), *position_ranges(seq_len)]
     hits, n_bytes, sums = 0, 0, torch.zeros(2, len(ranges), dtype=torch.float64, device=model.device)
     parts = micro_batches(team.share(numbers), seq_len, micro_batch_tokens)
@@ -72,8 +70,8 @@ def score_windows(
 
 
 def evaluate(model: GPT, data: Dataset, curriculum: Curriculum, step: int, config: Config, team: Team) -> dict:
-    """Score the model after `step` steps at the last step's length; return the log's fields. The training loss and the
-    loss at the table's last length are of a quarter as many windows."""
+    """Score the model after `step` steps at that step's length; return the log's fields. The training loss and the loss
+    at the table's last length use a quarter as many windows."""
     stage, last_len = curriculum.at(max(0, step - 1)), curriculum.last_len
     shared = data.token_bytes, config.micro_batch_tokens, team
     val = score_windows(model, data.val, stage.seq_len, data.val.spread(stage.seq_len, config.eval_tokens), *shared)
@@ -92,7 +90,7 @@ def summary(record: dict, config: Config) -> str:
     line += f"val loss {record['val_loss']:.3f}, ppl {record['val_ppl']:,.1f}"
     if plan := record["plan_ppl"]:
         line += f" ({'ahead of' if record['val_ppl'] <= plan else 'behind'} plan: {plan:,.0f})"
-    line += f", gap {record['gap']:+.2f}" + (" overfits" if record["gap"] >= OVERFIT_GAP else "")
+    line += f", gap {record['gap']:+.2f}" + (" overfits" if record["gap"] >= math.log(2) else "")  # twice training's
     return line + (", best" if record["is_best"] else f", no best for {record['bad_evals']}")
 
 

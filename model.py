@@ -218,7 +218,7 @@ class GPT(nn.Module):
     def extend(self, cache: Cache, tokens: Tensor) -> Tensor:
         """Append tokens (B, T) to those in the cache and return logits (B, V) of the token after them."""
         start, end = cache.length, cache.length + tokens.shape[1]
-        assert start == 0 or tokens.shape[1] == 1, "several further tokens would see each other's future"
+        assert start in (0, end - 1) and end <= cache.keys.shape[3]  # several more tokens would see each other's future
         with self.autocast():
             x = self.embed(tokens).to(self.stream)
             for block, keys, values in zip(self.blocks, cache.keys, cache.values):
@@ -276,6 +276,5 @@ def on_machine(model: GPT, device: str = "auto", dtype: str = "auto", compile: b
     for layer in (*model.blocks, model.norm):
         layer.compile(dynamic=True)
     model.to(target).dtype = getattr(torch, dtype)
-    if dtype == "bfloat16":  # half the memory traffic, with the same losses (bench/log.md); float16 would overflow
-        model.stream = torch.bfloat16
+    model.stream = torch.bfloat16 if dtype == "bfloat16" else torch.float32  # float16 would overflow
     return model

@@ -52,8 +52,8 @@ def orthogonalize(matrices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, .
     a, b, c = 3.4445, -4.7750, 2.0315
     x = torch.stack(matrices)
     is_tall = x.shape[1] > x.shape[2]
-    x = (x.mT if is_tall else x).to(dtype, memory_format=torch.contiguous_format)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = (x.mT if is_tall else x).to(dtype, memory_format=torch.contiguous_format)
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from settings import UserError, one_line, user_errors
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 class Team:
     """The processes of a run: this one is number `rank` of `count`."""
@@ -39,13 +37,13 @@ class Team:
             if alone:
                 signal.signal(number, signal.SIG_DFL)
 
-        for number in STOP_SIGNALS:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if not (alone and number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup's
                 signal.signal(number, note)
 
     @property
     def stopping(self) -> int:
-        """A stop signal if any process had received one at the last sum, else 0: the same answer on all of them."""
+        """A stop signal if any process had received one at the last sum, else 0: on all of them or on none."""
         return (self.seen or signal.SIGTERM) if self.stops.item() else 0
 
     def share(self, windows: np.ndarray) -> np.ndarray:

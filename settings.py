@@ -26,7 +26,7 @@ class Config:
     stages: tuple = ()  # rows (from step, seq_len, batch_size, lr_scale); batch_size counts windows per step
     max_steps: int = 100_000  # optimizer steps in all
     plan_ppl: tuple = ()  # (step, perplexity) that the plan expects of validation; () expects nothing
-    phases: tuple = ()  # (name, step): `python curriculum.py` sums up the steps before it
+    phases: tuple = ()  # (name, step): `python curriculum.py` sums up the steps before that step
 
     # Optimization
     learning_rate: float = 6e-4  # times the stage's lr_scale
@@ -50,7 +50,7 @@ class Config:
     # Validation, checkpoints, log; intervals in steps
     eval_interval: int = 2_000  # and before the first step, after every stage and at the end
     eval_tokens: int = 1_048_576  # held-out tokens that an evaluation scores; 0 for all
-    patience: int = 10  # stop after more than this many evaluations in a row without a new best at their length
+    patience: int = 10  # stop when more evaluations in a row than this set no new best at their length
     checkpoint_interval: int = 1_000
     log_interval: int = 10
 
@@ -61,7 +61,7 @@ ONE_OF = {"optimizer": ("adamw", "muon"), "dtype": ("auto", "bfloat16", "float16
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: printed as one line, exit status 2, no traceback."""
+    """A mistake that the user can fix: printed as one line, exit status 2, no traceback."""
 
 
 def one_line(error: BaseException, memory_advice: str = "") -> str | None:
@@ -119,8 +119,8 @@ def read_config_file(path: str) -> dict[str, object]:
             exec(compile(file.read(), path, "exec"), names)
     except (Exception, SystemExit) as error:  # anything that the user's own code raises
         raise UserError(one_line(error) or f"config file {path}: {type(error).__name__}: {error}") from error
-    own = ("module", "_Feature")  # types of what `import` and `from __future__ import` bind
-    keys = [key for key in names if not (key[0] == "_" or callable(names[key]) or type(names[key]).__name__ in own)]
+    keys = [key for key, value in names.items()
+            if not (key[0] == "_" or callable(value) or type(value).__name__ in ("module", "_Feature"))]
     return {key: as_key_type(key, names[key], f"{key} in {path}") for key in keys}
 
 
@@ -159,7 +159,7 @@ def check_ranges(config: Config) -> None:
     for key, kinds in (("plan_ppl", (int, int | float)), ("phases", (str, int))):
         rows = getattr(config, key)
         typed = all(isinstance(row, tuple) and len(row) == 2 and all(map(isinstance, row, kinds)) for row in rows)
-        if not typed or any(value <= 0 for row in rows for value in row if not isinstance(value, str)):
+        if not typed or not all(value > 0 for row in rows for value in row if not isinstance(value, str)):
             raise UserError(f"{key}: its rows are positive (step, perplexity) or (name, last step), not {rows!r}")
     if any(row[0] >= later[0] for row, later in itertools.pairwise(config.plan_ppl)):
         raise UserError("plan_ppl: its steps must ascend")

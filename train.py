@@ -2,7 +2,7 @@
 
     python train.py config/curriculum9.py --data_dir=data/wiki --out_dir=out/curriculum9 [--key=value ...]
 
---resume=True continues from the last checkpoint, with the same result. torchrun makes the same run on N processes.
+--resume=True continues as if the run had never stopped. torchrun splits each batch over N processes.
 """
 
 import dataclasses
@@ -26,26 +26,26 @@ from optim import make_optimizers
 from parallel import Team, join_team
 from settings import Config, UserError, load_config
 
-MAX_BAD_STEPS = 10  # a run ends after this many bad steps in a row (a guess; float16's scale halves at each)
+MAX_SKIPPED = 10  # the run ends after this many skipped steps in a row (a guess); float16's scale halves at each
 
 
 def train_step(
     model: GPT, optimizers: list[Optimizer], scaler: GradScaler, windows: ndarray, lr: float, config: Config, team: Team
 ) -> tuple[float, float]:
     """Make one update from windows (B, T + 1); return their mean loss in nats and the gradient's norm before clipping.
-    Every target weighs the same. If loss or norm is not finite, the weights stay. `scaler` acts for float16 alone."""
+    Every target weighs the same. If loss or norm is not finite, there is no update. `scaler` works only in float16."""
     seq_len, n_targets = windows.shape[1] - 1, windows[:, 1:].size
     loss = torch.zeros((), device=model.device)
-    scale = scaler.scale(torch.full_like(loss, 1 / n_targets))
+    grad = scaler.scale(torch.full_like(loss, 1 / n_targets))
     for part in micro_batches(team.share(windows), seq_len, config.micro_batch_tokens):
         part_loss = model.loss(torch.from_numpy(part).to(model.device))  # a sum over targets
-        part_loss.backward(scale)
+        part_loss.backward(grad)
         loss += part_loss.detach() / n_targets
     loss = team.sum_gradients(model, loss)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the step's only wait for a GPU
+    loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # waits for the GPU
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -71,7 +71,7 @@ def set_up(config: Config, curriculum: Curriculum, run: Run) -> tuple[GPT, list,
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty unless the saved run used float16
+    scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {} if the saved run was not in float16
     print(f"resuming from step {state['step']:,} of {config.out_dir}")
     if (old := state["config"]["dtype"]) != run.config.dtype:
         print(f"continuing in {run.config.dtype}; --dtype={old} would continue exactly")
@@ -91,15 +91,15 @@ def train(config: Config, team: Team) -> int:
 
     peak_flops = PEAK_FLOPS.get(torch.cuda.get_device_name(model.device)) if model.device.type == "cuda" else None
     bar = tqdm(total=config.max_steps, initial=progress.step, unit="step", disable=True if team.rank else None)
-    bad_steps = 0  # consecutive steps without a finite loss and gradient; last.pt waits until the next good one
+    skipped = 0  # steps in a row without a finite loss and gradient; last.pt is not saved during them
     logged_tokens, logged_seconds = curriculum.tokens_before(progress.step), progress.seconds
     while True:
         step = progress.step
 
         # Evaluate, unless the checkpoint says that these weights were evaluated, or a stop signal came
         just_evaluated = is_best = False
-        is_due = step % config.eval_interval == 0 or curriculum.ends_stage(step)
-        if is_due and progress.evaluated != step and not team.stopping:
+        eval_due = step % config.eval_interval == 0 or curriculum.ends_stage(step)
+        if eval_due and progress.evaluated != step and not team.stopping:
             scores = evaluate(model, data, curriculum, step, config, team)
             is_best = progress.record(scores["seq_len"], scores["val_loss"])
             record = {"step": step, **scores, "is_best": is_best, "bad_evals": progress.bad_evals}
@@ -107,11 +107,12 @@ def train(config: Config, team: Team) -> int:
             bar.write(summary(record, config))
             just_evaluated = True
 
-        # Save the best first: if the disk refuses it, last.pt waits, and a run resumed from it evaluates again
+        # Save. While the disk refuses best.pt, last.pt waits: a run resumed from it evaluates again
         finished = step == config.max_steps or progress.bad_evals > config.patience
-        best_is_safe = run.save("best.pt", step=step, model=model.state_dict()) if is_best else True
-        is_due = just_evaluated or step % config.checkpoint_interval == 0 or finished or team.stopping
-        if is_due and best_is_safe and bad_steps == 0:
+        if is_best:
+            run.save("best.pt", step=step, model=model.state_dict())
+        save_due = just_evaluated or step % config.checkpoint_interval == 0 or finished or team.stopping
+        if save_due and skipped == 0 and "best.pt" not in run.refused:
             run.save("last.pt", step=step, model=model.state_dict(), scaler=scaler.state_dict(),
                      optimizers=[optimizer.state_dict() for optimizer in optimizers],
                      progress=dataclasses.asdict(progress))  # fmt: skip
@@ -130,12 +131,12 @@ def train(config: Config, team: Team) -> int:
         # Log
         record = {"step": progress.step, "stage": stage.number, "seq_len": stage.seq_len,
                   "batch_size": stage.batch_size, "lr": lr, "time_s": round(progress.seconds, 3)}  # fmt: skip
-        bad_steps = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else bad_steps + 1
-        if bad_steps:
+        skipped = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else skipped + 1
+        if skipped:
             run.log("skip", **record)
             bar.write(f"step {progress.step:,} is skipped: loss {loss}, gradient norm {grad_norm}, rate {lr:.3g}")
-            if bad_steps == MAX_BAD_STEPS:
-                raise UserError(f"{bad_steps} skipped steps in a row, at learning rate {lr:.3g}: last.pt predates them")
+            if skipped == MAX_SKIPPED:
+                raise UserError(f"{skipped} skipped steps in a row, at learning rate {lr:.3g}: last.pt predates them")
         elif progress.step % config.log_interval == 0:
             tokens = curriculum.tokens_before(progress.step)
             rate = (tokens - logged_tokens) / (progress.seconds - logged_seconds)  # tokens/s
@@ -157,12 +158,12 @@ def train(config: Config, team: Team) -> int:
 
 
 def report_end(model: GPT, data: Dataset, curriculum: Curriculum, progress: Progress, run: Run, team: Team) -> None:
-    """Score the last step's weights on all held-out windows, log the record `final`, and print all evaluations."""
+    """Score the last step's weights on all held-out windows, log that as `final`, and print all evaluations."""
     stage = curriculum.at(max(0, progress.step - 1))
     shared = data.token_bytes, run.config.micro_batch_tokens, team
     score = score_windows(model, data.val, stage.seq_len, data.val.spread(stage.seq_len), *shared)
-    where = {"step": progress.step, "stage": stage.number, "seq_len": stage.seq_len}
-    run.log("final", **where, **score.fields(), time_s=round(progress.seconds, 3))
+    run.log("final", step=progress.step, stage=stage.number, seq_len=stage.seq_len, **score.fields(),
+            time_s=round(progress.seconds, 3))  # fmt: skip
     if team.rank == 0:
         print(eval_table([record for record in read_log(run.out_dir) if record["event"] == "eval"]))
         print(f"on all held-out windows: loss {score.loss:.3f}, ppl {score.ppl:,.1f}")
