@@ -15,6 +15,7 @@ import gzip
 import html
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 import zlib
@@ -36,9 +37,9 @@ Piece = Callable[[], Iterator[tuple[str, Record]]]
 
 
 def as_record(title: object, text: object) -> Record:
-    """Return (title, text), or the reason why they are not an article."""
+    """Return (title, text), its lines ended by LF alone, or the reason why they are not an article."""
     usable = isinstance(title, str) and isinstance(text, str) and title.strip()
-    return (title, text) if usable else "without a title and a text"
+    return (title, text.replace("\r\n", "\n").replace("\r", "\n")) if usable else "without a title and a text"
 
 
 @contextmanager
@@ -199,14 +200,25 @@ def kind_of(path: Path) -> str | None:
     return next((pattern for pattern in KINDS if fnmatch(path.name, pattern)), None)
 
 
+def files_in(folder: Path) -> Iterator[Path]:
+    """Yield the files of articles in a folder and its subfolders. Links are followed, each real folder once."""
+    seen = set()
+    for path, subfolders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        subfolders[:] = [] if real in seen else sorted(subfolders)
+        if real not in seen:
+            yield from (file for name in names if kind_of(file := Path(path, name)) and file.is_file())
+        seen.add(real)
+
+
 def find_files(inputs: list[str]) -> list[Path]:
     """Return the files that the inputs name, each once, in order: those of a directory or a glob are sorted."""
     found = {}
-    for given in inputs:
+    for given in map(os.path.expanduser, inputs):
         path = Path(given)
         paths = [path] if path.exists() else [Path(match) for match in glob.glob(given, recursive=True)]
         if path.is_dir():
-            paths = [file for file in path.rglob("*") if kind_of(file) and file.is_file()]
+            paths = list(files_in(path))
         if not paths:
             raise UserError(f"{given}: there is no file of articles")
         found |= {file.resolve(): file for file in sorted(paths)}

@@ -17,9 +17,8 @@ from settings import Config, UserError, load_config, user_errors
 PEAK_FLOPS = {"NVIDIA GeForce RTX 3090": 71e12, "NVIDIA GeForce RTX 4090": 165.2e12, "NVIDIA A100-SXM4-40GB": 312e12,
               "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # fmt: skip
 
-# The corpus (without its 5 % held out) and the speed of curriculum9.py's plan; --data_dir and --speed replace them.
+# The corpus of curriculum9.py's plan, without its 5 % held out; --data_dir replaces it.
 PLANNED_CORPUS = {"articles": 225_870, "tokens": 874_000_000}
-PLANNED_FLOPS_PER_S = 0.15 * PEAK_FLOPS["NVIDIA GeForce RTX 4090"]
 
 
 class Stage(NamedTuple):
@@ -42,7 +41,7 @@ class Stage(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return (self.end - self.start) * self.tokens_per_step
+        return self.examples * self.seq_len
 
 
 class Curriculum:
@@ -61,6 +60,7 @@ class Curriculum:
         ends = [*starts[1:], max_steps]
         self.stages = [Stage(number, row[0], min(end, max_steps), *row[1:])
                        for number, (row, end) in enumerate(zip(rows, ends), 1) if row[0] < max_steps]  # fmt: skip
+        self.ends = {stage.end for stage in self.stages}
 
     def at(self, step: int) -> Stage:
         """Return the stage that trains step `step` (0 is the first)."""
@@ -69,10 +69,6 @@ class Curriculum:
     def tokens_before(self, step: int) -> int:
         """Return the tokens trained on when `step` steps are done."""
         return sum(max(0, min(step, s.end) - s.start) * s.tokens_per_step for s in self.stages)
-
-    def ends_stage(self, step: int) -> bool:
-        """Return whether a stage is over when `step` steps are done."""
-        return any(step == stage.end for stage in self.stages)
 
 
 def learning_rate(config: Config, stage: Stage, step: int) -> float:
@@ -88,11 +84,6 @@ def expected_ppl(plan_ppl: tuple, step: int) -> float | None:
         return None
     steps, ppls = np.log(np.array(plan_ppl, dtype=float)).T
     return float(np.exp(np.interp(math.log(step), steps, ppls)))
-
-
-def scale_table(rows: tuple, steps: float, tokens: float) -> tuple:
-    """Return a smaller curriculum: each row's steps times `steps`, its batch times `tokens` (at least one window)."""
-    return tuple((round(step * steps), length, max(1, round(batch * tokens)), lr) for step, length, batch, lr in rows)
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
@@ -114,7 +105,7 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: f
 
     def row(name: str, stages: list[Stage], *shape: str, ppl: float | None = None) -> list[str]:
         trained, flops = sum(s.tokens for s in stages), sum(s.tokens * model.flops_per_token(s.seq_len) for s in stages)
-        seconds = trained / speed if speed else flops / PLANNED_FLOPS_PER_S
+        seconds = trained / speed if speed else flops / (0.15 * PEAK_FLOPS["NVIDIA GeForce RTX 4090"])
         return [name, f"{stages[0].start:,}-{stages[-1].end:,}", *(shape or [""] * 5),
                 f"{sum(s.examples for s in stages):,}", short(trained), f"{trained / tokens:.3f}", f"{flops:.2e}",
                 f"{ppl:,.0f}" if ppl else "-", f"{seconds / 3600:,.3g}"]  # fmt: skip
@@ -131,10 +122,10 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: f
     header = ["\nstage", "\nsteps", "\nlength", "\nbatch", "learning\nrate", "windows/\narticle", "steps/\nepoch",
               "\nexamples", "\ntokens", "\nepochs", "\nFLOPs", "expected\nppl", "\nhours"]  # fmt: skip
     at = f"{speed:,.0f} tokens/s" if speed else "15 % of an RTX 4090's peak"
-    more = sum(s.examples for s in curriculum.stages) / throughout[0].examples
     print(f"{config.max_steps:,} steps of a GPT with {short(model.n_params)} parameters on {corpus}:\n"
           f"{articles:,} training articles, {short(tokens)} tokens. Hours at {at}.\n\n{format_table(header, rows)}\n\n"
-          f"The curriculum sees {more:.2f}x as many examples as windows of {last[1]:,} throughout.")  # fmt: skip
+          f"The curriculum sees {sum(s.examples for s in curriculum.stages) / throughout[0].examples:.2f}x as many "
+          f"examples as windows of {last[1]:,} throughout.")  # fmt: skip
     for late in config.stages[len(curriculum.stages) :]:
         print(f"Never reached with max_steps={config.max_steps}: {late}")
 

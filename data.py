@@ -67,8 +67,6 @@ def open_dataset(data_dir: str | Path, max_len: int = 0) -> Dataset:
     """Open a dataset. Raises UserError if it is damaged, or if one of its splits has no window of max_len tokens."""
     path, shards = Path(data_dir), {split: [] for split in SPLITS}
     try:
-        if not (path / "meta.json").exists():
-            raise UserError(f"{data_dir} is not a dataset: it has no meta.json; make one with prepare_wiki.py")
         meta = json.loads((path / "meta.json").read_bytes())
         for shard in meta["shards"]:
             file = path / shard["file"]
@@ -78,7 +76,7 @@ def open_dataset(data_dir: str | Path, max_len: int = 0) -> Dataset:
         token_bytes = np.load(path / "token_bytes.npy")
         checksums = repr([(shard["split"], shard["sha256"]) for shard in meta["shards"]])
     except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise UserError(f"{data_dir} is not a dataset that can be read: {error.filename}: {error.strerror}") from error
     except (ValueError, EOFError, KeyError, TypeError) as error:
         raise UserError(f"{data_dir} is damaged: {error}; make it again") from error
     splits = [Split(shards[name]) for name in SPLITS]

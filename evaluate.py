@@ -32,18 +32,14 @@ class Score(NamedTuple):
     error: float  # standard error of loss
     by_position: list[tuple[float, float]]  # loss and its standard error at each of position_ranges(seq_len)
 
-    @property
-    def ppl(self) -> float:
-        return math.exp(min(self.loss, 700))
-
     def fields(self) -> dict[str, float]:
-        return {"val_loss": self.loss, "val_ppl": self.ppl, "val_accuracy": self.accuracy, "val_bpb": self.bpb}
+        ppl = math.exp(min(self.loss, 700))
+        return {"val_loss": self.loss, "val_ppl": ppl, "val_accuracy": self.accuracy, "val_bpb": self.bpb}
 
 
 def position_ranges(seq_len: int) -> list[tuple[int, int]]:
     """Return the positions of a window in ranges that double: (0, 64), (64, 128), (128, 256), ..., (_, seq_len)."""
-    ends = [64 * 2**i for i in range(seq_len.bit_length()) if 64 * 2**i < seq_len]
-    return list(itertools.pairwise([0, *ends, seq_len]))
+    return list(itertools.pairwise([0, *(64 << i for i in range(seq_len.bit_length()) if 64 << i < seq_len), seq_len]))
 
 
 def score_windows(
@@ -64,9 +60,9 @@ def score_windows(
     hits, n_bytes, *sums = team.sum([float(hits), n_bytes, *sums.flatten().tolist()])
     means, squares = np.array(sums).reshape(2, -1) / n
     errors = np.sqrt(np.maximum(squares - means**2, 0) / (n - 1)) if n > 1 else means * math.nan
-    loss, error = means[0].item(), errors[0].item()
+    (loss, error), *by_position = zip(means.tolist(), errors.tolist())
     bpb = loss * n * seq_len / math.log(2) / max(1, n_bytes)
-    return Score(n, loss, hits / (n * seq_len), bpb, error, list(zip(means[1:].tolist(), errors[1:].tolist())))
+    return Score(n, loss, hits / (n * seq_len), bpb, error, by_position)
 
 
 def evaluate(model: GPT, data: Dataset, curriculum: Curriculum, step: int, config: Config, team: Team) -> dict:
@@ -105,7 +101,7 @@ def eval_table(records: list[dict]) -> str:
 def report(scores: dict[int, Score]) -> str:
     """Return the scores at each length, and the loss by position in the longest window, with standard errors."""
     header = ["length", "windows", "loss", "error", "ppl", "accuracy", "bpb"]
-    rows = [[f"{length:,}", f"{s.windows:,}", f"{s.loss:.4f}", f"{s.error:.4f}", f"{s.ppl:,.2f}",
+    rows = [[f"{length:,}", f"{s.windows:,}", f"{s.loss:.4f}", f"{s.error:.4f}", f"{s.fields()['val_ppl']:,.2f}",
              f"{s.accuracy:.2%}", f"{s.bpb:.4f}"] for length, s in scores.items()]  # fmt: skip
     longest = max(scores)
     by_position = [[f"{start + 1:,}-{end:,}", f"{loss:.4f}", f"{error:.4f}"] for (start, end), (loss, error)
@@ -117,8 +113,7 @@ def main() -> None:
     given = read_arguments(sys.argv[1:], ("out_dir", "data_dir", "device", "dtype", "micro_batch_tokens"))
     path = Path(given.get("out_dir", Config.out_dir)) / "best.pt"
     model, state = load_model(path, untrained_lengths=True)
-    config = Config(**state["config"] | {"device": "auto", "dtype": "auto"} | given)
-    check_ranges(config)
+    check_ranges(config := Config(**state["config"] | {"device": "auto", "dtype": "auto"} | given))
     lengths = sorted({row[1] for row in config.stages})
     data = open_dataset(config.data_dir, lengths[-1])
     on_machine(model, config.device, config.dtype, config.compile)

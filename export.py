@@ -1,6 +1,8 @@
 """Export a trained model as a folder that transformers opens offline: Qwen3ForCausalLM with GPT-2's tokenizer.
 
     python export.py out/run --to hf/run
+    python export.py out/run --to hf/llama --llama_cpp    for llama.cpp, whose converter then makes run.gguf:
+    python llama.cpp/convert_hf_to_gguf.py hf/llama --outtype=f32 --outfile=run.gguf
 
 model.safetensors, config.json    out_dir/best.pt in float32, in the form of Qwen3ForCausalLM, which is model.py's
 tokenizer.json, vocab.json, ...   GPT-2's vocabulary; a text begins with <|endoftext|>, as every article did in training
@@ -10,6 +12,8 @@ README.md                         the model card: curriculum, data, validation, 
 At the end transformers computes the logits of a window from the folder, which must equal model.py's.
 """
 
+import json
+import os
 from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 
@@ -56,7 +60,7 @@ def write_model(folder: Path, model: GPT) -> None:
     qwen3.save_pretrained(folder)
 
 
-def write_tokenizer(folder: Path, max_seq_len: int) -> None:
+def write_tokenizer(folder: Path, max_seq_len: int, llama_cpp: bool = False) -> None:
     """Write GPT-2's two files, under the names that transformers has for them, and the tokenizer made of them."""
     gpt2_encoding()  # after this tiktoken has the files, checked
     files = [folder / "vocab.json", folder / "merges.txt"]
@@ -66,9 +70,12 @@ def write_tokenizer(folder: Path, max_seq_len: int) -> None:
     # padded on the left, so that each text continues from the end of its prompt.
     how = {"add_bos_token": True, "split_special_tokens": True, "padding_side": "left", "pad_token": "<|endoftext|>"}
     transformers.GPT2Tokenizer(*map(str, files), **how, model_max_length=max_seq_len).save_pretrained(folder)
+    changes = {"tokenizer.json": {"post_processor": None}, "tokenizer_config.json": {"add_bos_token": True}}
+    for name, entry in changes.items() if llama_cpp else ():  # its converter hashes tokens without <|endoftext|>
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_bytes()) | entry), encoding="utf-8")
 
 
-def model_card(name: str, model: GPT, state: dict, out_dir: Path) -> str:
+def model_card(name: str, model: GPT, state: dict, out_dir: Path, llama_cpp: bool) -> str:
     """Return model_card.md filled in. Raises UserError if the run's log lacks the evaluation of best.pt."""
     config, step = state["config"], state["step"]
     evaluations = [record for record in read_log(out_dir) if record["event"] == "eval" and record["step"] <= step]
@@ -82,8 +89,9 @@ def model_card(name: str, model: GPT, state: dict, out_dir: Path) -> str:
         data = f"{train} to train on and {val} held out, from: {', '.join(source['file'] for source in meta['source'])}"
     values = {"name": name, "model": model, "curriculum": curriculum, "step": step, "data": data}
     values |= {"n_params": short(model.config.n_params), "tokens": short(curriculum.tokens_before(step))}
+    values["where"] = " in llama.cpp, but not in transformers" if llama_cpp else ""
     values["stages"] = format_table(["from step", "length", "batch", "learning rate"], rows)
-    return CARD.read_text().format(**values, evaluations=eval_table(evaluations), vocab_size=VOCAB_SIZE)
+    return CARD.read_text(encoding="utf-8").format(**values, evaluations=eval_table(evaluations), vocab_size=VOCAB_SIZE)
 
 
 @torch.no_grad()
@@ -98,22 +106,24 @@ def largest_difference(folder: Path, model: GPT) -> float:
 
 def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description="Export out_dir/best.pt as a folder that transformers opens.")
-    parser.add_argument("out_dir", type=Path, help="of the training run")
-    parser.add_argument("--to", type=Path, required=True, help="the folder to make")
+    parser.add_argument("out_dir", type=os.path.expanduser, help="of the training run")
+    parser.add_argument("--to", type=os.path.expanduser, required=True, help="the folder to make")
+    parser.add_argument("--llama_cpp", action="store_true", help="with the tokenizer as llama.cpp's converter knows it")
     args = parser.parse_args()
     if transformers is None:
         raise UserError("an export takes transformers and safetensors: pip install transformers safetensors")
     transformers.utils.logging.disable_progress_bar()
-    model, state = load_model(args.out_dir / "best.pt")
-    card = model_card(args.to.name, model, state, args.out_dir)
+    out_dir, folder = Path(args.out_dir), Path(args.to)
+    model, state = load_model(out_dir / "best.pt")
+    card = model_card(folder.name, model, state, out_dir, args.llama_cpp)
     try:
-        args.to.mkdir(parents=True)
-        write_model(args.to, model)
-        write_tokenizer(args.to, model.max_seq_len)
-        (args.to / "README.md").write_text(card, encoding="utf-8")
+        folder.mkdir(parents=True)
+        write_model(folder, model)
+        write_tokenizer(folder, model.max_seq_len, args.llama_cpp)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot export: {error}") from error
-    print(f"{args.to}: transformers' logits differ by at most {largest_difference(args.to, model):.1e}")
+    print(f"{folder}: transformers' logits differ by at most {largest_difference(folder, model):.1e}")
 
 
 if __name__ == "__main__":

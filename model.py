@@ -10,6 +10,7 @@ Hugging Face's Qwen3ForCausalLM, so that other tools open an export and an indep
 import ctypes
 import math
 import os
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -51,22 +52,15 @@ class GPTConfig:
         return self.n_matmul + self.n_layer * (2 * self.n_embd + 2 * self.head_dim) + self.n_embd
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the FLOPs to train on one token of a window of seq_len (PaLM's appendix B). Each weight of a product
-        multiplies and adds once forward and twice backward; so do attention's two products over seq_len positions."""
+        """Return the FLOPs to train on one token: 2 a product, forward and twice backward (PaLM's appendix B)."""
         return 6 * self.n_matmul + 12 * self.n_layer * self.n_embd * seq_len
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), computed in float32."""
 
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return super().forward(x.float()).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -251,7 +245,7 @@ def on_machine(model: GPT, device: str = "auto", dtype: str = "auto", compile: b
         target = torch.device(device)
         torch.zeros(1, device=target).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device={device!r} is not usable here: {str(error).splitlines()[0].split('. ')[0]}") from error
     is_cpu = target.type == "cpu"
     if not is_cpu and target.index is not None:
         torch.cuda.set_device(target)
@@ -263,14 +257,21 @@ def on_machine(model: GPT, device: str = "auto", dtype: str = "auto", compile: b
         # Stop glibc from returning freed memory, which the next step needs again: 1.1 to 1.2 times as fast, in a fifth
         # to a third more memory (bench/log.md). M_MMAP_MAX and M_TRIM_THRESHOLD; other C libraries lack mallopt.
         with suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-            mallopt(-4, 0)
-            mallopt(-1, -1)
+            for option, value in ((-4, 0), (-1, -1)):
+                ctypes.CDLL("libc.so.6").mallopt(option, value)
     torch.use_deterministic_algorithms(is_cpu)
     torch.utils.deterministic.fill_uninitialized_memory = False  # that alone would make determinism slow
     torch.set_float32_matmul_precision("high")  # TF32 for products that are float32 on a GPU
     # Compile layer by layer, with sizes as symbols: one graph serves all layers and stages.
     torch.compiler.set_stance("default" if compile else "force_eager")
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=target))
+    except Exception as error:  # no C++ compiler, a path with a space, ...
+        reason = f"torch.compile fails here: {str(error).strip().splitlines()[0]}"
+        if not is_cpu:
+            raise UserError(f"{reason}; --compile=False trains without it") from error
+        print(f"{reason}; continuing without it, more slowly", file=sys.stderr)
+        torch.compiler.set_stance("force_eager")
     torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to be equal are different symbols
     torch._dynamo.config.recompile_limit = 32  # a GPU may need 12 graphs; torch gives up at 8
     for layer in (*model.blocks, model.norm):

@@ -23,7 +23,6 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): Nesterov momentum, then each matrix's update with singular values near 1.
-
     0.2 * sqrt(larger side) scales an update to the size of AdamW's (Liu et al. 2025): one learning rate serves both.
     All matrices of a shape are updated at once, in products of type dtype: one by one they leave a GPU idle."""
 

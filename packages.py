@@ -57,6 +57,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def gpt2_encoding() -> tiktoken.Encoding:
     """Return the GPT-2 encoding. Where tiktoken cannot download its two files, put a package's in tiktoken's cache."""
+    for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        if not os.environ.get(name):
+            os.environ.pop(name, None)  # tiktoken takes an empty one for "no cache"
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError):  # no network, or a proxy answered with something else

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from settings import UserError, one_line, user_errors
+from settings import UserError, guard_console, one_line, user_errors
 
 
 class Team:
@@ -80,6 +80,7 @@ def join_team(memory_advice: str = "this machine has too little") -> Iterator[Te
         with user_errors(memory_advice):
             yield Team()
         return
+    guard_console()
     rank, status = int(os.environ["RANK"]), 0
     try:
         # In torchrun's own store restarted workers may find their predecessors' addresses, and wait (pytorch 135712)
@@ -100,5 +101,4 @@ def join_team(memory_advice: str = "this machine has too little") -> Iterator[Te
         if not line and dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
             line = "another process of this run has ended"
         print(f"error: {line}" if line else traceback.format_exc(), file=sys.stderr)
-    sys.stdout.flush()
     os._exit(status)  # Python's own end could abort in a thread of torch.distributed's (pytorch pull request 179291)

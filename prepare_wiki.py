@@ -33,6 +33,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,12 @@ def tokenize(files: list[Path], work: Path, seed: int, workers: int) -> Iterator
     """Tokenize all pieces side by side. Yield what tokenize_piece returns, in the order of the input."""
     gpt2_encoding()  # before the fork: the workers share it
     running = deque()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker) as pool:
+    try:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker)
         pool.submit(os.getpid)  # forks the workers before `pieces` opens a pipe, which they would hold open
+    except OSError as error:
+        raise UserError(f"cannot start processes: {error.strerror}; is /dev/shm writable?") from error
+    with pool:
         for number, piece in enumerate(pieces(files)):
             running.append(pool.submit(tokenize_piece, piece, number, work, seed))
             if len(running) > 2 * workers:  # pieces carry text: more of them would fill the memory
@@ -201,7 +206,7 @@ def claim(out: Path) -> Path:
 
 def publish(work: Path, out: Path, meta: dict) -> None:
     """Move the dataset from `work` to OUT, meta.json last."""
-    (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     for file in [*(shard["file"] for shard in meta["shards"]), "token_bytes.npy", "meta.json"]:
         with (work / file).open("rb") as written:
             os.fsync(written.fileno())
@@ -229,20 +234,29 @@ def verify(out: Path) -> None:
     print(f"{out}: {len(meta['shards'])} shards are what meta.json says, in checksums, articles, tokens and bytes")
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, by its affinity and by its container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # no cgroup, or "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split())
+        cores = max(1, min(cores, quota // period))
+    return cores
+
+
 def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("inputs", metavar="INPUT", nargs="*", help="files, directories or globs of the kinds that articles.py lists")
     add("--sample", action="store_true", help="prepare real text that comes with Python packages")
-    add("--verify", metavar="DIR", type=Path, help="recompute every checksum and count of a dataset, and no more")
-    add("--out", type=Path, help="the directory to write (with --sample: data/sample)")
+    add("--verify", metavar="DIR", type=os.path.expanduser, help="only recompute a dataset's checksums and counts")
+    add("--out", type=os.path.expanduser, help="the directory to write (with --sample: data/sample)")
     add("--val_fraction", type=float, default=0.05, help="of the titles, held out (0.05)")
     add("--min_tokens", type=int, default=0, help="leave out articles with fewer tokens (0)")
     add("--max_articles", type=int, help="keep this many; the seed and the titles decide which (all)")
     add("--seed", type=int, default=0, help="of --max_articles (0)")
     add("--max_skipped", type=float, default=0.001, help="share of records that may be unreadable (0.001)")
     add("--shard_tokens", type=int, default=100_000_000, help="most tokens in a file (100_000_000)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="tokenizing processes (one a core)")
+    add("--workers", type=int, default=usable_cores(), help="tokenizing processes (one a core)")
     args = parser.parse_args()
     if bool(args.inputs) + args.sample + bool(args.verify) != 1 or (args.inputs and not args.out):
         raise UserError("give either INPUT files with --out DIR, or --sample, or --verify DIR")
@@ -252,11 +266,13 @@ def main() -> None:
         raise UserError("--shard_tokens, --workers and --max_articles are at least 1")
     if args.verify:
         try:
-            return verify(args.verify)
-        except (OSError, LookupError, TypeError, ValueError) as error:
+            return verify(Path(args.verify))
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+        except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"{args.verify} is damaged: {type(error).__name__}: {error}") from error
 
-    out = args.out or Path("data/sample")
+    out = Path(args.out or "data/sample")
     keys = ("val_fraction", "min_tokens", "max_articles", "seed", "shard_tokens")
     options = {key: getattr(args, key) for key in keys}
     try:

@@ -12,6 +12,7 @@ several are made together and appear at the end.
 
 import codecs
 import math
+import os
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable, Iterator
@@ -39,7 +40,7 @@ def next_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: fl
     if temperature == 0:
         temperature, top_k = 1.0, 1
     values, tokens = logits[:, :VOCAB_SIZE].double().topk(min(top_k, VOCAB_SIZE) or VOCAB_SIZE)
-    weights = torch.softmax(values / temperature, dim=-1)
+    weights = torch.softmax((values - values[:, :1]) / temperature, dim=-1)  # 0 or less: no temperature overflows it
     if top_p < 1:
         weights[weights.cumsum(-1) - weights >= top_p] = 0
     return tokens, weights
@@ -73,21 +74,22 @@ def decode(tokens: Iterable[int], encoding: Encoding) -> Iterator[str]:
 
 
 def read_prompt(prompt: str, file: str | None) -> str:
-    """Return the prompt, or the content of the file (- for standard input) without the newline at its end."""
+    """Return the prompt, or the text of the file (- for standard input) without the newline at its end."""
     try:
         if file is None:
             return prompt.encode().decode()  # fails where the command line was not UTF-8
-        return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode().removesuffix("\n")
+        text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read the prompt: {error}") from error
 
 
 def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description="Write text with the model in out_dir/best.pt.")
-    parser.add_argument("--out_dir", type=Path, default="out/run", help="of the training run")
+    parser.add_argument("--out_dir", type=os.path.expanduser, default="out/run", help="of the training run")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="how the article begins")
-    prompt.add_argument("--prompt_file", help="a file that holds the prompt; - for standard input")
+    prompt.add_argument("--prompt_file", type=os.path.expanduser, help="a file with the prompt; - for standard input")
     parser.add_argument("--samples", type=int, default=1, help="number of texts, made together")
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="0 always takes the likeliest token")
@@ -102,7 +104,7 @@ def main() -> None:
     if args.max_new_tokens < 1 or args.samples < 1 or not 0 <= args.seed < 2**63:
         raise UserError("--max_new_tokens and --samples must be at least 1, --seed from 0 to below 2**63")
     text, encoding = read_prompt(args.prompt, args.prompt_file), gpt2_encoding()
-    model = on_machine(load_model(args.out_dir / "best.pt")[0], args.device, args.dtype, compile=False)
+    model = on_machine(load_model(Path(args.out_dir) / "best.pt")[0], args.device, args.dtype, compile=False)
     for weight in model.parameters():
         if weight.ndim == 2:  # convert the matrices once: autocast would convert them for each token
             weight.data = weight.data.to(model.dtype)

@@ -7,11 +7,12 @@ functions, classes and names with an underscore in front are a config's own. Any
 import ast
 import dataclasses
 import difflib
+import io
 import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +75,27 @@ def one_line(error: BaseException, memory_advice: str = "") -> str | None:
     return None
 
 
+class Console(io.TextIOWrapper):
+    """A console that ends no program: what it cannot encode is escaped, what it cannot write is lost."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+
+def guard_console() -> None:
+    """Make stdout and stderr Consoles, unless they are closed or something else took their place."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) and stream is getattr(sys, f"__{name}__"):
+            raw = getattr(stream.buffer, "raw", stream.buffer)  # under `python -u` there is no buffer
+            setattr(sys, name, Console(raw, stream.encoding, "backslashreplace", write_through=True))
+
+
 @contextmanager
 def user_errors(memory_advice: str = "this machine has too little") -> Iterator[None]:
     """Wrap a program's main(): a user's mistake or a lack of memory becomes one line and exit status 2."""
+    guard_console()
     try:
         yield
     except KeyboardInterrupt:
@@ -104,9 +123,7 @@ def read_arguments(argv: list[str], keys: Iterable[str] = KEYS) -> dict[str, obj
     if {"-h", "--help"} & set(argv):
         print(sys.modules["__main__"].__doc__, *(f"--{key}={getattr(Config, key)!r}" for key in keys), sep="\n")
         sys.exit()
-    if strange := [argument for argument in argv if not argument.startswith("--") or "=" not in argument]:
-        raise UserError(f"cannot read argument {strange[0]!r}: it should be --key=value")
-    pairs = [argument.removeprefix("--").split("=", 1) for argument in argv]
+    pairs = [argument.removeprefix("--").partition("=")[::2] for argument in argv]
     return {key: as_key_type(key, text, f"--{key}={text}", keys) for key, text in pairs}
 
 

@@ -1,8 +1,6 @@
-"""Train a GPT through a curriculum of growing windows.
+"""Train a GPT through a curriculum of growing windows. --resume=True continues as if the run had never stopped.
 
     python train.py config/curriculum9.py --data_dir=data/wiki --out_dir=out/curriculum9 [--key=value ...]
-
---resume=True continues as if the run had never stopped. torchrun splits each batch over N processes.
 """
 
 import dataclasses
@@ -72,9 +70,11 @@ def set_up(config: Config, curriculum: Curriculum, run: Run) -> tuple[GPT, list,
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {} if the saved run was not in float16
-    print(f"resuming from step {state['step']:,} of {config.out_dir}")
-    if (old := state["config"]["dtype"]) != run.config.dtype:
-        print(f"continuing in {run.config.dtype}; --dtype={old} would continue exactly")
+    step, old = state["step"], Config(**state["config"])
+    rates = [learning_rate(c, curriculum.at(s), s) for c, s in ((old, max(0, step - 1)), (config, step))]
+    print(f"resuming from step {step:,} of {config.out_dir}; learning rate {rates[0]:.2g} -> {rates[1]:.2g}")
+    if old.dtype != run.config.dtype:
+        print(f"continuing in {run.config.dtype}; --dtype={old.dtype} would continue exactly")
     return model, optimizers, scaler, Progress(**state["progress"])
 
 
@@ -98,7 +98,7 @@ def train(config: Config, team: Team) -> int:
 
         # Evaluate, unless the checkpoint says that these weights were evaluated, or a stop signal came
         just_evaluated = is_best = False
-        eval_due = step % config.eval_interval == 0 or curriculum.ends_stage(step)
+        eval_due = step % config.eval_interval == 0 or step in curriculum.ends
         if eval_due and progress.evaluated != step and not team.stopping:
             scores = evaluate(model, data, curriculum, step, config, team)
             is_best = progress.record(scores["seq_len"], scores["val_loss"])
@@ -166,7 +166,7 @@ def report_end(model: GPT, data: Dataset, curriculum: Curriculum, progress: Prog
             time_s=round(progress.seconds, 3))  # fmt: skip
     if team.rank == 0:
         print(eval_table([record for record in read_log(run.out_dir) if record["event"] == "eval"]))
-        print(f"on all held-out windows: loss {score.loss:.3f}, ppl {score.ppl:,.1f}")
+        print(f"on all held-out windows: loss {score.loss:.3f}, ppl {score.fields()['val_ppl']:,.1f}")
 
 
 if __name__ == "__main__":

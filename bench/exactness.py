@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.throughput import set_up  # noqa: E402
+from bench.throughput import a_path, set_up  # noqa: E402
 from checkpoint import read_log  # noqa: E402
 from config import curriculum9  # noqa: E402
 from curriculum import format_table  # noqa: E402
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("kills", "processes", "both"), default="both")
     parser.add_argument("--kills", type=int, default=10, help="of each of the four runs")
     parser.add_argument("--dtype", default="float32", help="of the killed runs")
-    parser.add_argument("--data_dir", type=os.path.abspath, default="data/sample")
+    parser.add_argument("--data_dir", type=a_path, default="data/sample")
     args = parser.parse_args()
     if args.what != "kills":
         processes(args.data_dir)

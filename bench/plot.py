@@ -12,6 +12,7 @@ tokens, FLOPs and training time. Evaluations and checkpoints do not count as tra
 """
 
 import math
+import os
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def read_run(out_dir: Path) -> Run:
     for event in ("train", "eval"):
         rows = [record for record in records if record["event"] == event]
         if not rows:
-            raise UserError(f"{out_dir}/log.jsonl holds no records of training yet")
+            raise UserError(f"{out_dir}/log.jsonl holds no record {event!r}: too early, or log_interval is too large")
         arrays.append({key: np.array([row[key] for row in rows], float) for key in rows[0] if key != "event"})
     return Run(out_dir, *arrays)
 
@@ -146,9 +147,9 @@ def draw(runs: list[Run], x: str, to: Path) -> None:
     figure.suptitle(f"{'stages of ' * several}{first.out_dir}", fontsize=18)
     figure.align_ylabels(panels)
     try:
-        figure.savefig(to, dpi=150, format="png")
-    except OSError as error:
-        raise UserError(f"cannot write {to}: {error.strerror}") from error
+        figure.savefig(to, dpi=150)  # in the format that the name ends with
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {to}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def draw_curves(panels: list, run: Run, x: str, own: dict) -> None:
@@ -240,7 +241,7 @@ def compare(runs: list[Run]) -> None:
         evaluated = [x_at(run, run.evals["step"], x) for run in runs]
         for name, at in zip(names, evaluated):
             if at.max(initial=0) == 0:
-                raise UserError(f"{name} has no evaluation after its start yet")
+                raise UserError(f"{name} has no evaluation after its start")
         for point in min(at.max() for at in evaluated) * np.array([0.25, 0.5, 0.75, 1]):
             losses = [np.interp(point, at, run.evals["last_len_loss"]) for run, at in zip(runs, evaluated)]
             others = [cell for loss in losses[1:] for cell in (f"{loss:.3f}", f"{loss - losses[0]:+.3f}")]
@@ -253,12 +254,12 @@ def compare(runs: list[Run]) -> None:
 
 def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description="Draw a run from its log; draw and compare several.")
-    parser.add_argument("out_dirs", metavar="OUT_DIR", nargs="+", type=Path, help="of training runs")
+    parser.add_argument("out_dirs", metavar="OUT_DIR", nargs="+", type=os.path.expanduser, help="of training runs")
     parser.add_argument("--x", choices=[*LABELS, "time"], default="tokens", help="the x axis (tokens)")
-    parser.add_argument("--to", type=Path, help="picture to write (OUT_DIR/loss.png; for several runs loss.png)")
+    parser.add_argument("--to", type=os.path.expanduser, help="picture to write (loss.png, of one run in OUT_DIR)")
     args = parser.parse_args()
-    runs = [read_run(out_dir) for out_dir in args.out_dirs]
-    to = args.to or (args.out_dirs[0] if len(runs) == 1 else Path()) / "loss.png"
+    runs = [read_run(Path(out_dir)) for out_dir in args.out_dirs]
+    to = Path(args.to or (runs[0].out_dir if len(runs) == 1 else Path()) / "loss.png")
     draw(runs, args.x, to)
     print(to)
     if len(runs) > 1:

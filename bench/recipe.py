@@ -21,6 +21,7 @@ import math
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from multiprocessing import get_context
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -260,9 +261,9 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}; by default all")
     defaults = {"data_dir": "data/corpus", "results": "bench/recipe", "tokens": 4e6, "batch_tokens": 2_048, "seeds": 2}
     for key, value in defaults.items():
-        parser.add_argument(f"--{key}", type=type(value), default=value)
+        parser.add_argument(f"--{key}", type=expanduser if isinstance(value, str) else type(value), default=value)
     parser.add_argument("--lrs", type=float, nargs="+", help="learning rates, if not the variants' own")
-    parser.add_argument("--rates", type=Path, help="file of bench/throughput.py --to")
+    parser.add_argument("--rates", type=expanduser, help="file of bench/throughput.py --to")
     parser.add_argument("--dry", action="store_true", help="train nothing")
     args, rest = parser.parse_known_args()
     pairs = [argument.removeprefix("--").split("=", 1) for argument in rest]
@@ -287,7 +288,7 @@ def main() -> None:
         evals = [record for record in read_log(log.parent) if record["event"] == "eval"] if log.exists() else []
         so_far = "loss {last_len_loss:.3f} after {step:,} steps, {time_s:,.0f} s".format(**evals[-1]) if evals else ""
         print(f"{path.stem}: {'done' if path.exists() else so_far or 'to do'}", flush=True)
-    rates = json.loads(args.rates.read_text())["tokens_per_s"] if args.rates else None
+    rates = json.loads(Path(args.rates).read_text())["tokens_per_s"] if args.rates else None
     if results := [read_result(path, rates) for run in runs if (path := result_path(run, args)).exists()]:
         print("\n" + tables(results))
 

@@ -46,6 +46,10 @@ from train import train_step  # noqa: E402
 # The programs, each in a process that makes as many steps as it is told to, and waits
 
 
+def a_path(text: str) -> str:
+    return os.path.abspath(os.path.expanduser(text))
+
+
 class Gate:
     """What a program calls after every step. After a turn it reports, and waits to hear the next turn's steps.
 
@@ -256,16 +260,16 @@ def exponent(sizes: list[float], seconds: list[list[float]]) -> str:
 
 def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description="Time training steps beside nanoGPT's and transformers'.")
-    parser.add_argument("--nanogpt", type=os.path.abspath, help="a checkout of nanoGPT; without it, it is left out")
+    parser.add_argument("--nanogpt", type=a_path, help="a checkout of nanoGPT; without it, it is left out")
     for key, value in {"n_layer": 4, "n_head": 4, "n_embd": 256, "tokens": 2048, "rounds": 5, "burst": 4}.items():
         parser.add_argument(f"--{key}", type=int, default=value)
     parser.add_argument("--lengths", type=int, nargs="+", default=sorted({row[1] for row in curriculum9.stages}))
     parser.add_argument("--sweep", choices=("lengths", "models", "tokens"), help="our step alone, over one size")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", help="of our matrix products")
-    parser.add_argument("--data_dir", type=os.path.abspath, default="data/sample")
+    parser.add_argument("--data_dir", type=a_path, default="data/sample")
     parser.add_argument("--apart", action="store_true", help="one program after the other")
-    parser.add_argument("--to", type=Path, help="file for the median rates")
+    parser.add_argument("--to", type=a_path, help="file for the median rates")
     parser.add_argument("--play", help=SUPPRESS)
     args = parser.parse_args()
     if args.play:
@@ -294,7 +298,7 @@ def main() -> None:
         print(f"length {length:,} done", flush=True)
     print(format_table([*header, "ours is faster by", "ours, AdamW, by", "our memory"], table))
     if args.to:
-        args.to.write_text(json.dumps({"dtype": str(args.taken), "tokens_per_s": rates}, indent=1) + "\n")
+        Path(args.to).write_text(json.dumps({"dtype": str(args.taken), "tokens_per_s": rates}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@ make demo, or: python train.py config/demo.py
 """
 
 from config import curriculum9
-from curriculum import scale_table
 
 data_dir = "data/sample"
 out_dir = "out/demo"
 
 # 100,000 steps of 16,384 tokens become 426 of 2,048: at the end one window a step.
-stages = scale_table(curriculum9.stages, steps=1 / 235, tokens=1 / 8)
+stages = tuple((round(s / 235), length, max(1, round(b / 8)), lr) for s, length, b, lr in curriculum9.stages)
 max_steps = 426
 
 n_layer = 4

@@ -36,9 +36,10 @@ def test_every_kind_gives_the_same_shards(tmp_path):
     lines, mark = plain.read_bytes(), b"\xef\xbb\xbf"
     (tmp_path / "texts").mkdir()
     for title, body in given:
-        text(tmp_path / "texts" / f"{title}.txt", body.encode())
+        text(tmp_path / "texts" / f"{title}.txt", mark + body.replace("\n", "\r\n").encode())
     sources = [
         text(tmp_path / "mark.jsonl", mark + lines.replace(b"\n", b"\r\n\r\n")),
+        text(tmp_path / "cr.jsonl", lines.replace(b"\\n", b"\\r")),
         text(tmp_path / "in.jsonl.gz", gzip.compress(mark + lines)),
         text(tmp_path / "in.jsonl.bz2", bz2.compress(lines[:9999]) + bz2.compress(lines[9999:])),
         text(tmp_path / "wiki_00", lines),
@@ -61,6 +62,9 @@ def test_directories_and_globs(tmp_path):
     for first, name in enumerate(names):
         write_jsonl(tmp_path / name, given[first::4])
     text(tmp_path / "articles" / "README.md", b"Not an article.")
+    (tmp_path / "articles" / "AA").rename(tmp_path / "elsewhere")
+    (tmp_path / "articles" / "AA").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "articles")  # a circle
     meta = prepare(tmp_path / "out", *(tmp_path / name for name in ("articles", "x?.jsonl", names[2], names[1])))
     assert [source["file"] for source in meta["source"]] == [Path(name).name for name in names]
     assert meta["left_out"] == {}

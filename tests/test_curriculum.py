@@ -6,8 +6,8 @@ import re
 import pytest
 from conftest import call_program
 
-from config import curriculum9, fixed2048
-from curriculum import Curriculum, expected_ppl, learning_rate, scale_table
+from config import curriculum9, demo, fixed2048
+from curriculum import Curriculum, expected_ppl, learning_rate
 from settings import Config, UserError
 
 # What the plan that this project follows implies of its table, counted by hand: each stage's tokens and examples.
@@ -87,13 +87,13 @@ def test_stages_and_tokens_are_those_of_a_loop_over_steps(rows, max_steps):
     tokens, row = 0, None
     for step in range(max_steps):
         before, row = row, [row for row in rows if row[0] <= step][-1]
-        assert curriculum.ends_stage(step) == (before not in (row, None))
+        assert (step in curriculum.ends) == (before not in (row, None))
         stage = curriculum.at(step)
         assert (stage.number, stage.start, *stage[3:]) == (rows.index(row) + 1, *row)
         assert curriculum.tokens_before(step) == tokens
         tokens += row[1] * row[2]
     assert curriculum.tokens_before(max_steps) == tokens == sum(stage.tokens for stage in curriculum.stages)
-    assert curriculum.ends_stage(max_steps) and curriculum.stages[-1].end == max_steps
+    assert max_steps in curriculum.ends and curriculum.stages[-1].end == max_steps
     assert len(curriculum.stages) == sum(row[0] < max_steps for row in rows)
 
 
@@ -120,11 +120,10 @@ def test_a_table_that_makes_no_sense_is_refused_by_its_row(rows, said):
         Curriculum(rows, 10)
 
 
-def test_scale_table_scales_steps_and_batches_and_nothing_else():
-    scaled = scale_table(curriculum9.stages, steps=1 / 500, tokens=1 / 4)
-    assert scaled[4] == (24, 768, 5, 1.0) and {row[2] for row in scale_table(SMALL, 1, 1e-6)} == {1}
-    for old, new in zip(curriculum9.stages, scaled, strict=True):
-        assert new == (old[0] // 500, old[1], pytest.approx(old[2] / 4, abs=0.5), old[3])
+def test_the_demo_scales_steps_and_batches_and_nothing_else():
+    for old, new in zip(curriculum9.stages, demo.stages, strict=True):
+        assert new == (pytest.approx(old[0] / 235, abs=0.5), old[1], pytest.approx(old[2] / 8, abs=0.5), old[3])
+    assert demo.stages[-1][2] == 1 and demo.max_steps == round(100_000 / 235)
 
 
 def test_fixed2048_has_the_same_learning_rate_after_the_same_tokens():

@@ -1,5 +1,6 @@
 """export.py: what transformers makes of the folder, without a network, against the model and the shards."""
 
+import hashlib
 import json
 import math
 import resource
@@ -108,6 +109,26 @@ def test_texts_have_the_tokens_that_shards_hold_and_come_back(hf_dir, sample_dir
     assert tokenizer(texts[-300:], add_special_tokens=False).input_ids == [tokens[1:] for tokens in articles[-300:]]
     assert tokenizer.batch_decode(articles[-1000:], skip_special_tokens=True) == texts[-1000:]
     assert tokenizer("<|endoftext|>", split_special_tokens=False, add_special_tokens=False).input_ids == [ENDOFTEXT]
+
+
+CHK_TXT = (  # of llama.cpp's convert_hf_to_gguf_update.py (MIT licence), from the sdist of llama-cpp-python 0.3.36
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫\ufe0f (multiple emojis concatenated) "
+    "✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
+    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, "
+    "'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
+)
+
+
+def test_llama_cpp_knows_the_tokenizer_of_its_export(run_dir, monkeypatch):
+    """The converter tells GPT-2's by a hash of a text's tokens, and takes from the config that one comes first."""
+    folder = run_dir.parent / "llama"
+    monkeypatch.setenv("HOME", str(folder.parent))
+    done = call_program("export.py", f"~/{run_dir.name}", "--to=~/llama", "--llama_cpp")
+    assert (done.returncode, done.stderr) == (0, "") and float(done.stdout.split()[-1]) < 1e-4
+    found = hashlib.sha256(str(AutoTokenizer.from_pretrained(folder).encode(CHK_TXT)).encode()).hexdigest()
+    assert found == "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454"  # "gpt-2" in the converter
+    assert json.loads((folder / "tokenizer_config.json").read_text())["add_bos_token"] is True
+    assert "before a text in llama.cpp, but not in transformers." in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_pipeline_continues_as_sample_does(run_dir, hf_dir):

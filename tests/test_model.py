@@ -210,5 +210,5 @@ def test_compiling_changes_losses_and_gradients_by_rounding_alone(dtype, toleran
 @pytest.mark.parametrize("device, tried", [("cuda", "cuda:98"), ("gpu", "gpu"), ("meta", "meta"), ("cpu:x", "cpu:x")])
 def test_a_device_that_cannot_be_used_is_the_users_error(monkeypatch, device, tried):
     monkeypatch.setenv("LOCAL_RANK", "98")
-    with pytest.raises(UserError, match=f"device='{tried}' cannot be used here: "):
+    with pytest.raises(UserError, match=f"device='{tried}' is not usable here: "):
         on_machine(GPT(SMALL, 8), device)

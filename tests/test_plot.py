@@ -157,6 +157,12 @@ def test_the_keys_that_differ_and_no_others(tmp_path):
     assert len(losses(same)) == 12 and all(row[2] == 0 for row in losses(same))
 
 
+@pytest.mark.parametrize("name, first", [("a.pdf", b"%PDF"), ("a.svg", b"<?xml"), ("a.png", b"\x89PNG")])
+def test_a_pictures_format_is_that_of_its_name(tmp_path, name, first):
+    make_run(tmp_path / "a")
+    assert run("a", f"--to={name}").returncode == 0 and (tmp_path / name).read_bytes().startswith(first)
+
+
 def test_runs_are_drawn_over_each_other(tmp_path):
     """The third run's blue is in the picture of three runs and not in that of two."""
     for worse, name in enumerate("abc"):
@@ -171,8 +177,9 @@ def test_runs_are_drawn_over_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [
-    ("none", "none/log.jsonl"), ("new", "no records of training"), ("bare --x=flops", "no last.pt or best.pt"),
-    ("a --to=none/a.png", "cannot write"), ("a", "pip install matplotlib"), ("a bare", "no last.pt or best.pt"),
+    ("none", "none/log.jsonl"), ("new", "no record 'train'"), ("bare --x=flops", "no last.pt or best.pt"),
+    ("a --to=a.docx", "docx"), ("a --to=none/a.png", "cannot write"),
+    ("a", "pip install matplotlib"), ("a bare", "no last.pt or best.pt"),
     ("a begun", "no evaluation after its start"), ("a short", "different lengths, [64, 128]"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, args, words):

@@ -32,7 +32,7 @@ ENDOFTEXT = 50256
 UNUSUAL = [
     ("Naïve_Café", "Ünïcödé, 東京, 🙂 and \u00a0 a no-break space.\n\n\tTabs  and   spaces \n"),
     ("Special token", "It says <|endoftext|> here, <|endoftext|>and<|endoftext|>."),
-    ("Line separators", "one\u2028two\x0bthree\x85four\r\nfive"),
+    ("Line separators", "one\u2028two\x0bthree\x85four\nfive"),
     ("עברית", "שלום עולם. العربية تُكتب من اليمين إلى اليسار. \u202eback\u202c"),
     ("中文", "维基百科是一个自由的百科全书。ウィキペディア 위키백과 👩‍👩‍👧‍👦🏳️‍🌈"),
     ("Newlines", "\n\n  leading\n \n\n and trailing \n\n\n"),

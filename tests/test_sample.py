@@ -89,7 +89,7 @@ def test_greedy_texts_are_the_likeliest_of_the_whole_forward():
         assert made == likeliest[len(prompt) - 1 : -1] and len(made) == 300 and len(set(made)) > 10
 
 
-@pytest.mark.parametrize("temperature", [0, 0.3, 1.0, 2.5])
+@pytest.mark.parametrize("temperature", [0, 1e-310, 0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 60_000])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.2, 1e-9])
 def test_probabilities_are_those_of_transformers_without_the_padding(temperature, top_k, top_p):
@@ -98,7 +98,7 @@ def test_probabilities_are_those_of_transformers_without_the_padding(temperature
     logits = 4 * torch.randn(2, 50304, generator=torch.Generator().manual_seed(0))
     logits[:, VOCAB_SIZE:] = 100.0
     expected = logits[:, :VOCAB_SIZE].double()
-    warpers = [TemperatureLogitsWarper(temperature or 1e-6)]  # so low a temperature leaves the likeliest alone
+    warpers = [TemperatureLogitsWarper(max(temperature, 1e-6))]  # so low a temperature leaves the likeliest alone
     warpers += [TopKLogitsWarper(min(top_k, VOCAB_SIZE))] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     for warper in warpers:
@@ -163,7 +163,7 @@ def test_a_single_text_is_written_out_as_it_is_made(trained, monkeypatch):
 def test_the_seed_decides_wherever_the_prompt_comes_from(run_sample, monkeypatch, tmp_path):
     """Three texts; the prompt from the command line, a file, and standard input."""
     prompt, file = "Ångström\n\nis", tmp_path / "prompt.txt"
-    file.write_text(prompt + "\n")
+    file.write_bytes(b"\xef\xbb\xbf" + prompt.replace("\n", "\r\n").encode() + b"\r\n")  # as Windows writes it
     monkeypatch.setattr(sys, "stdin", file.open())
     sources = (f"--prompt={prompt}", 1), (f"--prompt_file={file}", 1), ("--prompt_file=-", 1), (f"--prompt={prompt}", 2)
     first, from_file, from_stdin, other_seed = (

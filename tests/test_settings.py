@@ -157,7 +157,8 @@ def test_no_bug_is_taken_for_a_users_error(kind):
 
 # What a user types after `train.py small.py` (or another program), and a part of the line that answers
 MISTAKES = {
-    **{argument: f"{argument!r}: it should be --key=value" for argument in ("--seed", "-seed=3", "--")},
+    "--seed": "--seed=: not a whole number",
+    "-seed=3": "unknown key '-seed'",
     "seed=3": "one config file and --key=value arguments, not small.py seed=3",
     "--weight_decay=-1": "weight_decay=-1",
     "--learning_rate=0": "learning_rate=0",

@@ -1,0 +1,86 @@
+"""Consoles that fail, compilers that are missing, limits of the machine: what a program meets outside itself."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from children import run_train
+from conftest import ROOT
+
+import packages
+import prepare_wiki
+from data import open_dataset
+from model import GPT, GPTConfig, on_machine
+from settings import UserError
+
+LINES = "import settings, sys\nwith settings.user_errors():\n    for i in range(9999):\n        print('Kyōto', i)\n"
+LINES += "    print('Kyōto', file=sys.stderr)\n    print('ended', file=open(sys.argv[1], 'w'))"
+
+
+@pytest.mark.parametrize("console", ["closed pipe", "full disk", "latin-1", "closed"])
+def test_a_console_that_cannot_be_written_ends_no_program(console, tmp_path):
+    reading, writing = os.pipe()
+    if console == "closed pipe":
+        os.close(reading)
+    if console == "full disk":
+        writing = os.open("/dev/full", os.O_WRONLY)
+    command = [sys.executable, "-c", LINES, tmp_path / "ended"]
+    if console == "closed":
+        command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
+    stdout = subprocess.PIPE if console == "latin-1" else writing
+    env = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"" if console == "closed" else b"Ky\\u014dto\n")
+    assert (tmp_path / "ended").read_text() == "ended\n"
+    assert console != "latin-1" or done.stdout.startswith(b"Ky\\u014dto 0\nKy\\u014dto 1\n")
+
+
+def test_a_run_whose_console_breaks_goes_on_to_its_end(tmp_path):
+    done = run_train(tmp_path, fault="r, w = os.pipe(); os.close(r); os.dup2(w, 1)")
+    assert done.returncode == 0 and '"event": "final"' in (tmp_path / "log.jsonl").read_text()
+
+
+def test_without_a_compiler_a_cpu_trains_uncompiled_after_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    torch._dynamo.reset()
+    model, windows = GPT(GPTConfig(1, 2, 32), 16), torch.arange(34).view(2, 17)
+    model.init_weights(1)
+    expected = model.loss(windows).item()
+    assert on_machine(model, "cpu", "float32", compile=True).loss(windows).item() == pytest.approx(expected, rel=1e-6)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("torch.compile fails here: ") and "no-such-compiler" in line
+
+
+def test_workers_are_the_cores_that_the_process_may_use(monkeypatch):
+    command = [sys.executable, "-c", "import prepare_wiki; print(prepare_wiki.usable_cores())"]
+    one = {min(os.sched_getaffinity(0))}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, preexec_fn=lambda: os.sched_setaffinity(0, one))
+    assert done.stdout == b"1\n"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64))
+    monkeypatch.setattr(prepare_wiki.Path, "read_text", lambda path, **_: "350000 100000\n")  # a container's 3.5
+    assert prepare_wiki.usable_cores() == 3
+
+
+def test_an_empty_cache_folder_of_tiktoken_is_as_unset(monkeypatch):
+    monkeypatch.setenv("DATA_GYM_CACHE_DIR", "")
+    packages.gpt2_encoding()
+    assert "DATA_GYM_CACHE_DIR" not in os.environ
+
+
+def refuse(*args, **kwargs):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_limit_is_named_and_not_called_damage(monkeypatch, small_dir, tmp_path):
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(UserError, match="Too many open files") as raised:
+        open_dataset(small_dir)
+    assert "damaged" not in str(raised.value)
+    monkeypatch.setattr(prepare_wiki, "ProcessPoolExecutor", refuse)
+    with pytest.raises(UserError, match="processes: Too many open files; is /dev/shm writable"):
+        list(prepare_wiki.tokenize([], tmp_path, 0, 2))
