@@ -20,7 +20,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import partial
 from itertools import groupby, islice
@@ -36,10 +36,20 @@ Record = tuple[str, str] | str
 Piece = Callable[[], Iterator[tuple[str, Record]]]
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, by its affinity and by its container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # no cgroup, or "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split())
+        cores = max(1, min(cores, quota // period))
+    return cores
+
+
 def as_record(title: object, text: object) -> Record:
-    """Return (title, text), its lines ended by LF alone, or the reason why they are not an article."""
-    usable = isinstance(title, str) and isinstance(text, str) and title.strip()
-    return (title, text.replace("\r\n", "\n").replace("\r", "\n")) if usable else "without a title and a text"
+    """Return (title, text), with LF alone at the ends of lines, or the reason why they are not an article."""
+    if not (isinstance(title, str) and isinstance(text, str) and title.strip()):
+        return "without a title and a text"
+    return title, text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @contextmanager
@@ -167,6 +177,7 @@ def dump_pieces(path: Path) -> Iterator[Piece]:
     if is_cut_off(path):
         raise UserError(f"{path} is cut off")
     flags = ["--json", "--html-safe", "", "--no-templates", "--quiet", "-o", "-", str(path.resolve())]
+    flags += ["--processes", str(usable_cores())]
     command = ["sh", "-c", DIE_WITH_US, "sh", sys.executable, "-m", "wikiextractor.WikiExtractor", *flags]
     messages = tempfile.TemporaryFile()
     with Popen(command, stdin=PIPE, stdout=PIPE, stderr=messages, start_new_session=True) as extractor:
@@ -200,10 +211,14 @@ def kind_of(path: Path) -> str | None:
     return next((pattern for pattern in KINDS if fnmatch(path.name, pattern)), None)
 
 
+def refuse(error: OSError) -> None:
+    raise error
+
+
 def files_in(folder: Path) -> Iterator[Path]:
     """Yield the files of articles in a folder and its subfolders. Links are followed, each real folder once."""
     seen = set()
-    for path, subfolders, names in os.walk(folder, followlinks=True):
+    for path, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(path)
         subfolders[:] = [] if real in seen else sorted(subfolders)
         if real not in seen:

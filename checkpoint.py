@@ -83,10 +83,8 @@ def load_checkpoint(path: Path) -> dict:
             if damaged := archive.testzip():  # torch.load does not look at checksums
                 raise Damaged(f"{path} is damaged: {damaged} in it does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; is its out_dir that of a run?") from error
     except Exception as error:  # zipfile, pickle and torch each have their own
-        if one_line(error):  # a lack of memory, or the line above
+        if one_line(error):  # no such file, a lack of memory, or the line above
             raise
         raise Damaged(f"{path} is damaged: {error or type(error).__name__}") from error
     expected = {"config", "step", "model", *(("progress", "log_length") if path.name != "best.pt" else ())}
@@ -126,8 +124,7 @@ class Run:
         self.refused = set()  # files of which the disk refused the last write
 
     def read(self) -> dict | None:
-        """Return the checkpoint to resume from, prev.pt where last.pt is damaged; None for a new run. Raises UserError
-        if out_dir holds another run, one past max_steps, or any run and resume is not set."""
+        """Return the checkpoint to resume from, None for a new run. Raises UserError if out_dir holds another run."""
         used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if (self.out_dir / name).exists()]
         if used and not self.config.resume:
             raise UserError(f"{self.out_dir} holds a run ({', '.join(used)}): give --resume=True or another --out_dir")
@@ -177,8 +174,8 @@ class Run:
             return
         if self.file is None:
             self.lock()
-        if os.fstat(self.file).st_size < self.length:
-            raise UserError(f"{self.out_dir}/log.jsonl is shorter than its checkpoint says: was it edited?")
+        if not self.length <= os.fstat(self.file).st_size <= (math.inf if self.config.resume else 0):
+            raise UserError(f"{self.out_dir}/log.jsonl is not as long as it should be: was it edited?")
         os.truncate(self.file, self.length)
         if self.source == "prev.pt":  # else the next save would replace the good checkpoint by the damaged one
             (self.out_dir / "prev.pt").replace(self.out_dir / "last.pt")

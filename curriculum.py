@@ -17,8 +17,7 @@ from settings import Config, UserError, load_config, user_errors
 PEAK_FLOPS = {"NVIDIA GeForce RTX 3090": 71e12, "NVIDIA GeForce RTX 4090": 165.2e12, "NVIDIA A100-SXM4-40GB": 312e12,
               "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # fmt: skip
 
-# The corpus of curriculum9.py's plan, without its 5 % held out; --data_dir replaces it.
-PLANNED_CORPUS = {"articles": 225_870, "tokens": 874_000_000}
+PLANNED_CORPUS = {"articles": 225_870, "tokens": 874_000_000}  # of curriculum9.py's plan, without what is held out
 
 
 class Stage(NamedTuple):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from settings import UserError
+from settings import UserError, one_line
 
 VOCAB_SIZE = 50257  # GPT-2's
 ENDOFTEXT = 50256  # every article begins with this token, and no article contains it
@@ -76,7 +76,7 @@ def open_dataset(data_dir: str | Path, max_len: int = 0) -> Dataset:
         token_bytes = np.load(path / "token_bytes.npy")
         checksums = repr([(shard["split"], shard["sha256"]) for shard in meta["shards"]])
     except OSError as error:
-        raise UserError(f"{data_dir} is not a dataset that can be read: {error.filename}: {error.strerror}") from error
+        raise UserError(f"{data_dir} is not a dataset that can be read: {one_line(error)}") from error
     except (ValueError, EOFError, KeyError, TypeError) as error:
         raise UserError(f"{data_dir} is damaged: {error}; make it again") from error
     splits = [Split(shards[name]) for name in SPLITS]

@@ -110,7 +110,7 @@ def report(scores: dict[int, Score]) -> str:
 
 
 def main() -> None:
-    given = read_arguments(sys.argv[1:], ("out_dir", "data_dir", "device", "dtype", "micro_batch_tokens"))
+    given = read_arguments(sys.argv[1:], ("out_dir", "data_dir", "device", "dtype", "compile", "micro_batch_tokens"))
     path = Path(given.get("out_dir", Config.out_dir)) / "best.pt"
     model, state = load_model(path, untrained_lengths=True)
     check_ranges(config := Config(**state["config"] | {"device": "auto", "dtype": "auto"} | given))

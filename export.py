@@ -15,6 +15,7 @@ At the end transformers computes the logits of a window from the folder, which m
 import json
 import os
 from argparse import SUPPRESS, ArgumentParser
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -83,13 +84,15 @@ def model_card(name: str, model: GPT, state: dict, out_dir: Path, llama_cpp: boo
         raise UserError(f"{out_dir}/log.jsonl lacks the evaluation after step {step:,}, at which best.pt was saved")
     curriculum, lr, data = Curriculum(config["stages"], max(1, step)), config["learning_rate"], config["data_dir"]
     rows = [[f"{s.start:,}", f"{s.seq_len:,}", f"{s.batch_size}", f"{lr * s.lr_scale:.2g}"] for s in curriculum.stages]
-    if (Path(data) / "meta.json").exists():
-        meta = open_dataset(data).meta
-        train, val = (f"{s['articles']:,} articles ({short(s['tokens'])} tokens)" for s in meta["splits"].values())
-        data = f"{train} to train on and {val} held out, from: {', '.join(source['file'] for source in meta['source'])}"
+    with suppress(UserError):  # the dataset is no longer there
+        if (dataset := open_dataset(data)).fingerprint == state["fingerprint"]:
+            splits = dataset.meta["splits"].values()
+            train, val = (f"{split['articles']:,} articles ({short(split['tokens'])} tokens)" for split in splits)
+            files = ", ".join(source["file"] for source in dataset.meta["source"])
+            data = f"{train} to train on and {val} held out, from: {files}"
     values = {"name": name, "model": model, "curriculum": curriculum, "step": step, "data": data}
     values |= {"n_params": short(model.config.n_params), "tokens": short(curriculum.tokens_before(step))}
-    values["where"] = " in llama.cpp, but not in transformers" if llama_cpp else ""
+    values["bos"] = " in llama.cpp, but not in transformers" if llama_cpp else ""
     values["stages"] = format_table(["from step", "length", "batch", "learning rate"], rows)
     return CARD.read_text(encoding="utf-8").format(**values, evaluations=eval_table(evaluations), vocab_size=VOCAB_SIZE)
 
@@ -108,7 +111,7 @@ def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description="Export out_dir/best.pt as a folder that transformers opens.")
     parser.add_argument("out_dir", type=os.path.expanduser, help="of the training run")
     parser.add_argument("--to", type=os.path.expanduser, required=True, help="the folder to make")
-    parser.add_argument("--llama_cpp", action="store_true", help="with the tokenizer as llama.cpp's converter knows it")
+    parser.add_argument("--llama_cpp", action="store_true", help="with the tokenizer that llama.cpp's converter knows")
     args = parser.parse_args()
     if transformers is None:
         raise UserError("an export takes transformers and safetensors: pip install transformers safetensors")

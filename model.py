@@ -52,7 +52,7 @@ class GPTConfig:
         return self.n_matmul + self.n_layer * (2 * self.n_embd + 2 * self.head_dim) + self.n_embd
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the FLOPs to train on one token: 2 a product, forward and twice backward (PaLM's appendix B)."""
+        """Return the FLOPs to train on one token: 2 a multiply-add, forward and twice backward (PaLM, appendix B)."""
         return 6 * self.n_matmul + 12 * self.n_layer * self.n_embd * seq_len
 
 
@@ -235,8 +235,7 @@ class GPT(nn.Module):
 
 
 def on_machine(model: GPT, device: str = "auto", dtype: str = "auto", compile: bool = True) -> GPT:
-    """Move the model to a device and choose what depends on it. Raises UserError for a device that cannot be used.
-    'auto' is a GPU if there is one, under torchrun the rank's own, and the type of products that is fast there."""
+    """Move the model to a device and choose all that depends on it. Raises UserError if the device is not usable."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -267,7 +266,7 @@ def on_machine(model: GPT, device: str = "auto", dtype: str = "auto", compile: b
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=target))
     except Exception as error:  # no C++ compiler, a path with a space, ...
-        reason = f"torch.compile fails here: {str(error).strip().splitlines()[0]}"
+        reason = f"torch.compile fails here: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         if not is_cpu:
             raise UserError(f"{reason}; --compile=False trains without it") from error
         print(f"{reason}; continuing without it, more slowly", file=sys.stderr)

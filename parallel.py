@@ -88,7 +88,7 @@ def join_team(memory_advice: str = "this machine has too little") -> Iterator[Te
             raise UserError("restarts may hang: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every machine first")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if rank != 0:
-            sys.stdout = open(os.devnull, "w")  # only process 0 prints
+            sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # only process 0 prints
         try:
             yield Team(rank, int(os.environ["WORLD_SIZE"]))
         except SystemExit as end:

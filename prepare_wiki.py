@@ -33,13 +33,12 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from articles import Piece, find_files, pieces
+from articles import Piece, find_files, pieces, usable_cores
 from data import ENDOFTEXT, SPLITS, VOCAB_SIZE, open_dataset
 from packages import SAMPLE, gpt2_encoding, sample_files, token_lengths
 from settings import UserError, user_errors
@@ -109,8 +108,11 @@ def tokenize(files: list[Path], work: Path, seed: int, workers: int) -> Iterator
     try:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker)
         pool.submit(os.getpid)  # forks the workers before `pieces` opens a pipe, which they would hold open
-    except OSError as error:
-        raise UserError(f"cannot start processes: {error.strerror}; is /dev/shm writable?") from error
+    except (OSError, RuntimeError) as error:
+        for child in multiprocessing.active_children():  # else they would wait for work at the end
+            child.kill()
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot start processes: {why} (they need threads, and room in /dev/shm)") from error
     with pool:
         for number, piece in enumerate(pieces(files)):
             running.append(pool.submit(tokenize_piece, piece, number, work, seed))
@@ -232,15 +234,6 @@ def verify(out: Path) -> None:
     if not (out / "token_bytes.npy").read_bytes().endswith(lengths.tobytes()):
         raise UserError(f"{out} is damaged: token_bytes.npy does not hold the lengths of GPT-2's tokens")
     print(f"{out}: {len(meta['shards'])} shards are what meta.json says, in checksums, articles, tokens and bytes")
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use, by its affinity and by its container's quota."""
-    cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):  # no cgroup, or "max"
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split())
-        cores = max(1, min(cores, quota // period))
-    return cores
 
 
 def main() -> None:

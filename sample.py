@@ -40,7 +40,7 @@ def next_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: fl
     if temperature == 0:
         temperature, top_k = 1.0, 1
     values, tokens = logits[:, :VOCAB_SIZE].double().topk(min(top_k, VOCAB_SIZE) or VOCAB_SIZE)
-    weights = torch.softmax((values - values[:, :1]) / temperature, dim=-1)  # 0 or less: no temperature overflows it
+    weights = torch.softmax((values - values[:, :1]) / temperature, dim=-1)  # at most 0: no temperature gives nan
     if top_p < 1:
         weights[weights.cumsum(-1) - weights >= top_p] = 0
     return tokens, weights
@@ -80,7 +80,7 @@ def read_prompt(prompt: str, file: str | None) -> str:
             return prompt.encode().decode()  # fails where the command line was not UTF-8
         text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8-sig")
         return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, AttributeError) as error:
         raise UserError(f"cannot read the prompt: {error}") from error
 
 

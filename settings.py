@@ -69,6 +69,8 @@ def one_line(error: BaseException, memory_advice: str = "") -> str | None:
     """Return what to tell the user about an error; None if the error is a bug, which deserves its traceback."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot use {error.filename or 'a file'}: {error.strerror}"
     texts = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA's, a CPU's, cuBLAS's
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in texts)):
         return f"out of memory: {memory_advice}"
@@ -85,10 +87,12 @@ class Console(io.TextIOWrapper):
 
 
 def guard_console() -> None:
-    """Make stdout and stderr Consoles, unless they are closed or something else took their place."""
+    """Make stdout and stderr Consoles, unless a test or a notebook took their place."""
     for name in ("stdout", "stderr"):
-        if (stream := getattr(sys, name)) and stream is getattr(sys, f"__{name}__"):
-            raw = getattr(stream.buffer, "raw", stream.buffer)  # under `python -u` there is no buffer
+        if (stream := getattr(sys, name)) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))
+        elif stream is getattr(sys, f"__{name}__"):
+            raw = open(stream.fileno(), "wb", buffering=0, closefd=False)
             setattr(sys, name, Console(raw, stream.encoding, "backslashreplace", write_through=True))
 
 
@@ -135,7 +139,8 @@ def read_config_file(path: str) -> dict[str, object]:
         with open(path, encoding="utf-8-sig") as file:
             exec(compile(file.read(), path, "exec"), names)
     except (Exception, SystemExit) as error:  # anything that the user's own code raises
-        raise UserError(one_line(error) or f"config file {path}: {type(error).__name__}: {error}") from error
+        own = f"config file {path}: {type(error).__name__}: " * (not isinstance(error, UserError))
+        raise UserError(f"{own}{error}") from error
     keys = [key for key, value in names.items()
             if not (key[0] == "_" or callable(value) or type(value).__name__ in ("module", "_Feature"))]
     return {key: as_key_type(key, names[key], f"{key} in {path}") for key in keys}
@@ -150,8 +155,8 @@ def as_key_type(key: str, value: object, where: str, keys: Iterable[str] = KEYS)
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
-        if kind is str:
-            return os.path.expanduser(value) if key.endswith("_dir") else "" + value
+        if kind is str and value:
+            return "" + (os.path.expanduser(value) if key.endswith("_dir") else value)
         value = ast.literal_eval(value) if isinstance(value, str) else value
         if kind is tuple:
             return tuple(tuple(row) if isinstance(row, list) else row for row in value)

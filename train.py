@@ -72,7 +72,7 @@ def set_up(config: Config, curriculum: Curriculum, run: Run) -> tuple[GPT, list,
     scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {} if the saved run was not in float16
     step, old = state["step"], Config(**state["config"])
     rates = [learning_rate(c, curriculum.at(s), s) for c, s in ((old, max(0, step - 1)), (config, step))]
-    print(f"resuming from step {step:,} of {config.out_dir}; learning rate {rates[0]:.2g} -> {rates[1]:.2g}")
+    print(f"resuming from step {step:,} of {config.out_dir}; learning rate was {rates[0]:.2g}, is {rates[1]:.2g}")
     if old.dtype != run.config.dtype:
         print(f"continuing in {run.config.dtype}; --dtype={old.dtype} would continue exactly")
     return model, optimizers, scaler, Progress(**state["progress"])

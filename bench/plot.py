@@ -58,7 +58,7 @@ def read_run(out_dir: Path) -> Run:
     for event in ("train", "eval"):
         rows = [record for record in records if record["event"] == event]
         if not rows:
-            raise UserError(f"{out_dir}/log.jsonl holds no record {event!r}: too early, or log_interval is too large")
+            raise UserError(f"{out_dir}/log.jsonl has no {event!r} record yet (log_interval?)")
         arrays.append({key: np.array([row[key] for row in rows], float) for key in rows[0] if key != "event"})
     return Run(out_dir, *arrays)
 
@@ -256,10 +256,11 @@ def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description="Draw a run from its log; draw and compare several.")
     parser.add_argument("out_dirs", metavar="OUT_DIR", nargs="+", type=os.path.expanduser, help="of training runs")
     parser.add_argument("--x", choices=[*LABELS, "time"], default="tokens", help="the x axis (tokens)")
-    parser.add_argument("--to", type=os.path.expanduser, help="picture to write (loss.png, of one run in OUT_DIR)")
+    parser.add_argument("--to", type=os.path.expanduser, help="picture to write (loss.png, or OUT_DIR/loss.png)")
     args = parser.parse_args()
     runs = [read_run(Path(out_dir)) for out_dir in args.out_dirs]
     to = Path(args.to or (runs[0].out_dir if len(runs) == 1 else Path()) / "loss.png")
+    to = to if to.suffix else to.with_suffix(".png")
     draw(runs, args.x, to)
     print(to)
     if len(runs) > 1:

@@ -52,6 +52,7 @@ def test_without_a_compiler_a_cpu_trains_uncompiled_after_one_line(monkeypatch, 
     model.init_weights(1)
     expected = model.loss(windows).item()
     assert on_machine(model, "cpu", "float32", compile=True).loss(windows).item() == pytest.approx(expected, rel=1e-6)
+    torch.compiler.set_stance("default")  # for the tests after this one
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("torch.compile fails here: ") and "no-such-compiler" in line
 
@@ -82,5 +83,5 @@ def test_a_limit_is_named_and_not_called_damage(monkeypatch, small_dir, tmp_path
         open_dataset(small_dir)
     assert "damaged" not in str(raised.value)
     monkeypatch.setattr(prepare_wiki, "ProcessPoolExecutor", refuse)
-    with pytest.raises(UserError, match="processes: Too many open files; is /dev/shm writable"):
+    with pytest.raises(UserError, match="processes: Too many open files .*/dev/shm"):
         list(prepare_wiki.tokenize([], tmp_path, 0, 2))

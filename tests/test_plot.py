@@ -177,7 +177,7 @@ def test_runs_are_drawn_over_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [
-    ("none", "none/log.jsonl"), ("new", "no record 'train'"), ("bare --x=flops", "no last.pt or best.pt"),
+    ("none", "none/log.jsonl"), ("new", "no 'train' record yet"), ("bare --x=flops", "no last.pt or best.pt"),
     ("a --to=a.docx", "docx"), ("a --to=none/a.png", "cannot write"),
     ("a", "pip install matplotlib"), ("a bare", "no last.pt or best.pt"),
     ("a begun", "no evaluation after its start"), ("a short", "different lengths, [64, 128]"),

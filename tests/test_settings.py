@@ -186,8 +186,8 @@ MISTAKES = {
     "curriculum.py small.py --plan_ppl=[(2,9),(2,8)]": "plan_ppl: ",
     "curriculum.py small.py --phases=('a',10)": "phases: ",
     "curriculum.py small.py --data_dir=nowhere": "nowhere is not a dataset",
-    "evaluate.py": "cannot read out/run/best.pt: No such file",
-    "evaluate.py --out_dir=nowhere": "cannot read nowhere/best.pt: No such file",
+    "evaluate.py": "cannot use out/run/best.pt: No such file",
+    "evaluate.py --out_dir=nowhere": "cannot use nowhere/best.pt: No such file",
     "evaluate.py --out_dir=foreign": "foreign/best.pt is damaged",
     "evaluate.py --out_dir=used --dtype=bf16": "bf16",
 }

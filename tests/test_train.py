@@ -124,7 +124,7 @@ def test_a_run_resumed_with_dtype_auto_keeps_its_type_and_another_is_announced(t
 def test_a_resumed_run_says_how_its_learning_rate_goes_on(tmp_path):
     run_train(tmp_path, max_steps=8, cooldown_steps=4)
     done = run_train(tmp_path, max_steps=16, cooldown_steps=4)
-    assert "resuming from step 8 of" in done.stdout and "learning rate 0.0025 -> 0.01\n" in done.stdout
+    assert "resuming from step 8 of" in done.stdout and "learning rate was 0.0025, is 0.01\n" in done.stdout
 
 
 def test_a_float16_run_finds_its_scale_and_resumes_with_it(tmp_path):
