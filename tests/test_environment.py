@@ -44,15 +44,13 @@ def test_a_run_whose_console_breaks_goes_on_to_its_end(tmp_path):
     assert done.returncode == 0 and '"event": "final"' in (tmp_path / "log.jsonl").read_text()
 
 
-def test_without_a_compiler_a_cpu_trains_uncompiled_after_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+@torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True})
+def test_without_a_compiler_a_cpu_trains_uncompiled_after_one_line(capsys):
     torch._dynamo.reset()
     model, windows = GPT(GPTConfig(1, 2, 32), 16), torch.arange(34).view(2, 17)
     model.init_weights(1)
     expected = model.loss(windows).item()
     assert on_machine(model, "cpu", "float32", compile=True).loss(windows).item() == pytest.approx(expected, rel=1e-6)
-    torch.compiler.set_stance("default")  # for the tests after this one
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("torch.compile fails here: ") and "no-such-compiler" in line
 
