@@ -3,8 +3,8 @@
     last.pt    everything needed to continue exactly     best.pt      the model at the best validation of its length
     prev.pt    the last.pt before it                     log.jsonl    one record per logged step and evaluation
 
-A kill at any moment is harmless: a checkpoint gets its name once it is on the disk, the log before it, and holds the
-length of the log. Resuming truncates the log to that length.
+A kill at any moment is harmless. The log is on the disk before a checkpoint that holds its length, and a checkpoint
+gets its name once all of it is on the disk. Resuming truncates the log to that length.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class Damaged(UserError):
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write state to disk, then give it the name; last.pt becomes prev.pt. After an OSError the old file is there."""
+    """Write state to disk, then give it its name; last.pt becomes prev.pt. An OSError leaves a whole checkpoint."""
     temporary = path.with_name("checkpoint.tmp")  # one name: what a kill left is overwritten, and takes no room
     try:
         with open(temporary, "wb") as file:
@@ -94,7 +94,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_model(path: Path, untrained_lengths: bool = False) -> tuple[GPT, dict]:
-    """Return a checkpoint and its model, on the CPU, for windows as long as it was trained on or the table has."""
+    """Return the model, on the CPU, and the checkpoint. Windows may be as long as it was trained on, or the table's."""
     state = load_checkpoint(path)
     config = state["config"]
     trained = Curriculum(config["stages"], 2**63 if untrained_lengths else max(1, state["step"])).stages

@@ -1,4 +1,4 @@
-"""The curriculum: the stage table, and what it implies. The program prints what a run takes, --speed in tokens/s:
+"""The curriculum: the stage table, and what it implies. As a program, print what a run takes at --speed tokens/s:
 
     python curriculum.py config/curriculum9.py [--data_dir=data/wiki] [--speed=130000]
 """
