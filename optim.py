@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model import GPT
@@ -40,20 +41,27 @@ class Muon(torch.optim.Optimizer):
                 grads = [weight.grad for weight in weights]
                 momenta = [self.state[weight]["momentum"] for weight in weights]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                updates = orthogonalize(torch._foreach_lerp(grads, momenta, group["momentum"]), self.dtype)
+                updates = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
+                updates = orthogonalize(updates, self.dtype).float().unbind()
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, updates, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
-def orthogonalize(matrices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return matrices (I, O) with the same singular vectors and singular values between 0.7 and 1.2, in float32, by
-    five steps of Newton-Schulz with the coefficients of Jordan et al. 2024."""
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return matrices (N, I, O) of type dtype with the same singular vectors and singular values between 0.7 and 1.2,
+    by five steps of Newton-Schulz with the coefficients of Jordan et al. 2024. Several processes share the work."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = torch.stack(matrices)
+    rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = slice(len(matrices) * rank // count, len(matrices) * (rank + 1) // count)
+    x = matrices[share]
     is_tall = x.shape[1] > x.shape[2]
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     x = (x.mT if is_tall else x).to(dtype, memory_format=torch.contiguous_format)
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).to(torch.float32, memory_format=torch.contiguous_format).unbind()
+    updates = torch.zeros_like(matrices, dtype=dtype)
+    updates[share] = x.mT if is_tall else x
+    if count > 1:
+        dist.all_reduce(updates)  # adds zeros: the bits are those of one process
+    return updates

@@ -1,9 +1,12 @@
 """AdamW and Muon against their formulas in float64, and Muon against torch's own."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from model import GPT, GPTConfig
 from optim import Muon, make_optimizers
@@ -50,6 +53,34 @@ def test_muons_update_is_its_formula_in_float64_and_torchs(dtype, tolerance):
             exact[i] = (1 - lr * 1.0) * old - lr * 0.2 * math.sqrt(max(weight.shape)) * update
             assert (weight - exact[i]).norm() <= tolerance * (exact[i] - old).norm()
             assert (theirs[i] - exact[i]).norm() <= 0.02 * (exact[i] - old).norm()
+
+
+def three_steps(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return the matrices after three steps of Muon."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = Muon(weights, weight_decay=0.1, dtype=dtype)
+    for step, lr in enumerate(RATES):
+        set_gradients(weights, step)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    return [weight.detach() for weight in weights]
+
+
+def three_steps_of_a_rank(rank: int, count: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/{count}", rank=rank, world_size=count)
+    torch.save([three_steps(torch.float32), three_steps(torch.bfloat16)], folder / f"{count}_{rank}.pt")
+
+
+@pytest.mark.slow
+def test_several_processes_share_muons_work_and_get_one_processs_bits(tmp_path):
+    """There are 3, 2 and 1 matrices of a shape, so of three processes one or two have none."""
+    for count in (2, 3):
+        mp.spawn(three_steps_of_a_rank, (count, tmp_path), nprocs=count)
+    for dtype, name in enumerate((torch.float32, torch.bfloat16)):
+        one = three_steps(name)
+        for file in ("2_0.pt", "2_1.pt", "3_0.pt", "3_1.pt", "3_2.pt"):
+            assert all(map(torch.equal, torch.load(tmp_path / file)[dtype], one))
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
