@@ -120,7 +120,7 @@ class Run:
         self.config, self.fingerprint, self.team = config, fingerprint, team
         self.out_dir, self.is_writer = Path(config.out_dir), team.rank == 0
         self.source = self.file = None  # name of the checkpoint that was read; descriptor of log.jsonl, locked
-        self.length, self.pending, self.written = 0, b"", 0  # bytes of the log on disk; what follows; written of that
+        self.length, self.pending = 0, b""  # bytes of the log that are safe on disk; the records that follow
         self.refused = set()  # files of which the disk refused the last write
 
     def read(self) -> dict | None:
@@ -186,14 +186,14 @@ class Run:
             self.flush()
 
     def flush(self, durably: bool = False) -> None:
-        """Write pending records at the end of the log; durably, write all of them again and wait for the disk."""
+        """Write the pending records at the end of the log. They stay pending until a durable write reached the disk."""
         with self.attempt("log.jsonl"):
-            self.written = 0 if durably else self.written  # a failed fsync may have dropped what was written before
-            while self.written < len(self.pending):  # a full disk may take a part
-                self.written += os.pwrite(self.file, self.pending[self.written :], self.length + self.written)
+            written = 0
+            while written < len(self.pending):  # a full disk may take a part
+                written += os.pwrite(self.file, self.pending[written:], self.length + written)
             if durably:
                 os.fsync(self.file)
-                self.length, self.pending, self.written = self.length + self.written, b"", 0
+                self.length, self.pending = self.length + written, b""
 
     def save(self, name: str, **state: object) -> None:
         """Write a checkpoint of `state`, the log first."""

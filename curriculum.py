@@ -92,12 +92,7 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
 
 
-def short(count: float) -> str:
-    """32.8M for 32,768,000."""
-    return f"{count / 1e6:,.1f}M" if count >= 1e6 else f"{count / 1e3:,.1f}k"
-
-
-def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: float | None) -> None:
+def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: int | None) -> None:
     """Print what a run takes, per stage, per phase and in all, on a corpus of these training articles and tokens."""
     curriculum, last = Curriculum(config.stages, config.max_steps), config.stages[-1]
     model = GPTConfig(config.n_layer, config.n_head, config.n_embd)
@@ -106,8 +101,8 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: f
         trained, flops = sum(s.tokens for s in stages), sum(s.tokens * model.flops_per_token(s.seq_len) for s in stages)
         seconds = trained / speed if speed else flops / (0.15 * PEAK_FLOPS["NVIDIA GeForce RTX 4090"])
         return [name, f"{stages[0].start:,}-{stages[-1].end:,}", *(shape or [""] * 5),
-                f"{sum(s.examples for s in stages):,}", short(trained), f"{trained / tokens:.3f}", f"{flops:.2e}",
-                f"{ppl:,.0f}" if ppl else "-", f"{seconds / 3600:,.3g}"]  # fmt: skip
+                f"{sum(s.examples for s in stages):,}", f"{trained / 1e6:,.1f}M", f"{trained / tokens:.3f}",
+                f"{flops:.2e}", f"{ppl:,.0f}" if ppl else "-", f"{seconds / 3600:,.3g}"]  # fmt: skip
 
     rows = [row(str(s.number), [s], f"{s.seq_len:,}", f"{s.batch_size}", f"{config.learning_rate * s.lr_scale:.2g}",
                 f"{tokens / articles / s.seq_len:.1f}", f"{tokens / s.tokens_per_step:,.0f}",
@@ -120,29 +115,27 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: f
     rows.append(row(f"all at {last[1]:,}", throughout))
     header = ["\nstage", "\nsteps", "\nlength", "\nbatch", "learning\nrate", "windows/\narticle", "steps/\nepoch",
               "\nexamples", "\ntokens", "\nepochs", "\nFLOPs", "expected\nppl", "\nhours"]  # fmt: skip
-    at = f"{speed:,.0f} tokens/s" if speed else "15 % of an RTX 4090's peak"
-    print(f"{config.max_steps:,} steps of a GPT with {short(model.n_params)} parameters on {corpus}:\n"
-          f"{articles:,} training articles, {short(tokens)} tokens. Hours at {at}.\n\n{format_table(header, rows)}\n\n"
+    at = f"{speed:,} tokens/s" if speed else "15 % of an RTX 4090's peak"
+    print(f"{config.max_steps:,} steps of a GPT with {model.n_params / 1e6:,.1f}M parameters on {corpus}:\n"
+          f"{articles:,} training articles, {tokens / 1e6:,.1f}M tokens. Hours at {at}.\n\n"
+          f"{format_table(header, rows)}\n\n"
           f"The curriculum sees {sum(s.examples for s in curriculum.stages) / throughout[0].examples:.2f}x as many "
           f"examples as windows of {last[1]:,} throughout.")  # fmt: skip
-    for late in config.stages[len(curriculum.stages) :]:
-        print(f"Never reached with max_steps={config.max_steps}: {late}")
+    for row in config.stages[len(curriculum.stages) :]:
+        print(f"Never reached with max_steps={config.max_steps}: {row}")
 
 
 def main() -> None:
     argv = [argument for argument in sys.argv[1:] if not argument.startswith("--speed=")]
     config = load_config(argv)
-    try:
-        speeds = [float(text.removeprefix("--speed=")) for text in sys.argv[1:] if text not in argv]
-        if not all(0 < speed < math.inf for speed in speeds):
-            raise ValueError
-    except ValueError:
-        raise UserError("--speed is a number of tokens/s") from None
+    speeds = [text.removeprefix("--speed=") for text in sys.argv[1:] if text not in argv]
+    if not all(text.isdecimal() and int(text) for text in speeds):
+        raise UserError(f"--speed={speeds[-1]} is not a whole number of tokens/s")
     corpus, counts = "the plan's corpus", PLANNED_CORPUS
     if any(argument.startswith("--data_dir=") for argument in argv):
         corpus = config.data_dir
         counts = open_dataset(corpus, Curriculum(config.stages, config.max_steps).max_len).meta["splits"]["train"]
-    print_plan(config, corpus, counts["articles"], counts["tokens"], speeds[-1] if speeds else None)
+    print_plan(config, corpus, counts["articles"], counts["tokens"], int(speeds[-1]) if speeds else None)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,7 @@ def score_windows(
     means, squares = np.array(sums).reshape(2, -1) / n
     errors = np.sqrt(np.maximum(squares - means**2, 0) / (n - 1)) if n > 1 else means * math.nan
     (loss, error), *by_position = zip(means.tolist(), errors.tolist())
-    bpb = loss * n * seq_len / math.log(2) / max(1, n_bytes)
-    return Score(n, loss, hits / (n * seq_len), bpb, error, by_position)
+    return Score(n, loss, hits / (n * seq_len), loss * n * seq_len / math.log(2) / max(1, n_bytes), error, by_position)
 
 
 def evaluate(model: GPT, data: Dataset, curriculum: Curriculum, step: int, config: Config, team: Team) -> dict:
@@ -119,8 +118,7 @@ def main() -> None:
     on_machine(model, config.device, config.dtype, config.compile)
     shared = data.token_bytes, config.micro_batch_tokens, Team()
     scores = {length: score_windows(model, data.val, length, data.val.spread(length), *shared) for length in lengths}
-    print(f"{path} is the model after {state['step']:,} steps. On all held-out articles:\n")
-    print(report(scores))
+    print(f"{path} is the model after {state['step']:,} steps. On all held-out articles:\n\n{report(scores)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from tiktoken.load import read_file_cached
 
 from checkpoint import load_model, read_log
-from curriculum import Curriculum, format_table, short
+from curriculum import Curriculum, format_table
 from data import ENDOFTEXT, VOCAB_SIZE, open_dataset
 from evaluate import eval_table
 from model import GPT
@@ -87,11 +87,12 @@ def model_card(name: str, model: GPT, state: dict, out_dir: Path, llama_cpp: boo
     with suppress(UserError):  # the dataset is no longer there
         if (dataset := open_dataset(data)).fingerprint == state["fingerprint"]:
             splits = dataset.meta["splits"].values()
-            train, val = (f"{split['articles']:,} articles ({short(split['tokens'])} tokens)" for split in splits)
+            train, val = (f"{split['articles']:,} articles ({split['tokens'] / 1e6:,.1f}M tokens)" for split in splits)
             files = ", ".join(source["file"] for source in dataset.meta["source"])
             data = f"{train} to train on and {val} held out, from: {files}"
     values = {"name": name, "model": model, "curriculum": curriculum, "step": step, "data": data}
-    values |= {"n_params": short(model.config.n_params), "tokens": short(curriculum.tokens_before(step))}
+    tokens = curriculum.tokens_before(step)
+    values |= {"n_params": f"{model.config.n_params / 1e6:,.1f}M", "tokens": f"{tokens / 1e6:,.1f}M"}
     values["bos"] = " in llama.cpp, but not in transformers" if llama_cpp else ""
     values["stages"] = format_table(["from step", "length", "batch", "learning rate"], rows)
     return CARD.read_text(encoding="utf-8").format(**values, evaluations=eval_table(evaluations), vocab_size=VOCAB_SIZE)

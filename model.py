@@ -1,4 +1,4 @@
-"""The GPT: its layers, its loss, its first weights, its key/value cache, and what is chosen for the machine.
+"""The GPT: its layers, its loss, its first weights, and what is chosen for the machine.
 
     tokens (B, T) -> embedding (B, T, C) -> n_layer x [ x += attention(norm(x)); x += mlp(norm(x)) ] -> norm
                   -> logits (B, T, V), by the embedding's own weights
@@ -11,14 +11,18 @@ import ctypes
 import math
 import os
 import sys
+import timeit
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from settings import UserError
+
+USE_STATIC_SHAPES = False  # on a GPU, blocks compiled for each stage: 42.1 ms, not 44.8. In this form it has not run
 
 
 @dataclass(frozen=True)
@@ -151,15 +155,6 @@ class CrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype), None
 
 
-class Cache:
-    """Every layer's keys and values of the `length` tokens seen so far, in float32: faster on a CPU for one query."""
-
-    def __init__(self, config: GPTConfig, batch_size: int, max_seq_len: int, device: torch.device):
-        shape = (config.n_layer, batch_size, config.n_head, max_seq_len, config.head_dim)
-        self.keys, self.values = torch.empty(shape, device=device), torch.empty(shape, device=device)
-        self.length = 0
-
-
 class GPT(nn.Module):
     """The model, for windows of up to max_seq_len; no weight depends on that. on_machine sets its two types."""
 
@@ -200,6 +195,8 @@ class GPT(nn.Module):
         for block in self.blocks:
             if x.device.type == "cpu":  # else a single window would be compiled anew, which takes a CPU 10 s
                 torch._dynamo.decorators.mark_unbacked(x, 0)
+            elif USE_STATIC_SHAPES and torch.is_grad_enabled():
+                torch._dynamo.mark_static(x)
             x = block(x, self.cos[:T], self.sin[:T])
         return self.norm(x).to(self.dtype)
 
@@ -208,23 +205,17 @@ class GPT(nn.Module):
         with self.autocast():
             return F.linear(self.hidden(tokens), self.embed.weight)
 
-    @torch.no_grad()
-    def extend(self, cache: Cache, tokens: Tensor) -> Tensor:
-        """Append tokens (B, T) to those in the cache and return logits (B, V) of the token after them."""
-        start, end = cache.length, cache.length + tokens.shape[1]
-        assert start in (0, end - 1) and end <= cache.keys.shape[3]  # several more tokens would see each other's future
-        with self.autocast():
-            x = self.embed(tokens).to(self.stream)
-            for block, keys, values in zip(self.blocks, cache.keys, cache.values):
-                x = block(x, self.cos[start:end], self.sin[start:end], (keys[:, :, :end], values[:, :, :end]))
-            cache.length = end
-            return F.linear(self.norm(x[:, -1]), self.embed.weight)
-
     def loss(self, windows: Tensor) -> Tensor:
         """Return the cross-entropy in nats, summed over the B * T targets of windows (B, T + 1)."""
         with self.autocast():
             x, targets = self.hidden(windows[:, :-1]), windows[:, 1:]
             return CrossEntropy.apply(x.flatten(0, 1), self.embed.weight, targets.flatten())
+
+    def add_gradients(self, windows: Tensor, scale: Tensor) -> Tensor:
+        """Add the gradients of scale (scalar) times the loss of windows (B, T + 1); return the loss."""
+        loss = self.loss(windows)
+        loss.backward(scale)
+        return loss.detach()
 
     @torch.no_grad()
     def score(self, windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +225,21 @@ class GPT(nn.Module):
         return softmax_minus_one_hot_(logits.flatten(0, 1), targets.flatten()).view_as(targets), is_hit
 
 
-def on_machine(model: GPT, device: str = "auto", dtype: str = "auto", compile: bool = True) -> GPT:
+def fast_dtype(device: torch.device, rows: int, inner: int, columns: int) -> str:
+    """Return the type of products that is fast on a device. A CPU, where bfloat16 is 0.5 to 3 times as fast as float32,
+    is timed at (rows, inner) by (inner, columns). Process 0 decides for all."""
+    if device.type != "cpu":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    seconds = torch.zeros(2)
+    for i, dtype in enumerate((torch.bfloat16, torch.float32)):
+        x, weight = torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
+        seconds[i] = min(timeit.repeat("F.linear(x, weight)", number=1, globals={"F": F, "x": x, "weight": weight}))
+    if dist.is_initialized():
+        dist.broadcast(seconds, 0)
+    return "bfloat16" if 1.2 * seconds[0] <= seconds[1] else "float32"  # 1.2 lets two starts agree
+
+
+def on_machine(model: GPT, device="auto", dtype="auto", compile=True, product=(512, 512, 512)) -> GPT:
     """Move the model to a device and choose all that depends on it. Raises UserError if the device is not usable."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -248,10 +253,7 @@ def on_machine(model: GPT, device: str = "auto", dtype: str = "auto", compile: b
     is_cpu = target.type == "cpu"
     if not is_cpu and target.index is not None:
         torch.cuda.set_device(target)
-    if dtype == "auto" and is_cpu:  # without AMX, a CPU takes twice as long in bfloat16
-        dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
-    elif dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    dtype = fast_dtype(target, *product) if dtype == "auto" else dtype
     if is_cpu:
         # Stop glibc from returning freed memory, which the next step needs again: 1.1 to 1.2 times as fast, in a fifth
         # to a third more memory (bench/log.md). M_MMAP_MAX and M_TRIM_THRESHOLD; other C libraries lack mallopt.

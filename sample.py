@@ -3,7 +3,7 @@
     python sample.py --out_dir=out/demo --prompt="The history of" [--samples=3] [--temperature=0.8] [--key=value ...]
     python sample.py --out_dir=out/demo --prompt_file=- < beginning.txt
 
-    prompt -> tokens -> generate: model.extend, next_probabilities and a draw for each token -> decode
+    prompt -> tokens -> generate: extend, next_probabilities and a draw for each token -> decode
 
 The model is out_dir/best.pt. The prompt begins an article: its title, a blank line, its text. A text ends with its
 article, after max_new_tokens, or at the longest window that the model was trained on. One text appears as it is made;
@@ -19,16 +19,39 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tiktoken import Encoding
 from torch import Tensor
 
 from checkpoint import load_model
 from data import ENDOFTEXT, VOCAB_SIZE
-from model import GPT, Cache, on_machine
+from model import GPT, GPTConfig, on_machine
 from packages import gpt2_encoding
 from settings import ONE_OF, UserError, user_errors
 
 TEMPERATURE, TOP_K = 0.8, 200  # defaults, also of an export; nobody tuned them
+
+
+class Cache:
+    """Every layer's keys and values of the `length` tokens seen so far, in float32: faster on a CPU for one query."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_seq_len: int, device: torch.device):
+        shape = (config.n_layer, batch_size, config.n_head, max_seq_len, config.head_dim)
+        self.keys, self.values = torch.empty(shape, device=device), torch.empty(shape, device=device)
+        self.length = 0
+
+
+@torch.no_grad()
+def extend(model: GPT, cache: Cache, tokens: Tensor) -> Tensor:
+    """Append tokens (B, T) to those in the cache and return logits (B, V) of the token after them."""
+    start, end = cache.length, cache.length + tokens.shape[1]
+    assert start in (0, end - 1) and end <= cache.keys.shape[3]  # several more tokens would see each other's future
+    with model.autocast():
+        x = model.embed(tokens).to(model.stream)
+        for block, keys, values in zip(model.blocks, cache.keys, cache.values):
+            x = block(x, model.cos[start:end], model.sin[start:end], (keys[:, :, :end], values[:, :, :end]))
+        cache.length = end
+        return F.linear(model.norm(x[:, -1]), model.embed.weight)
 
 
 def next_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
@@ -54,7 +77,7 @@ def generate(
     cache = Cache(model.config, samples, model.max_seq_len, model.device)
     last, ended = torch.tensor([prompt] * samples), torch.zeros(samples, 1, dtype=torch.bool)
     for _ in range(min(n, model.max_seq_len - len(prompt))):
-        tokens, weights = next_probabilities(model.extend(cache, last.to(model.device)), temperature, top_k, top_p)
+        tokens, weights = next_probabilities(extend(model, cache, last.to(model.device)), temperature, top_k, top_p)
         drawn = torch.multinomial(weights.cpu(), 1, generator=generator)
         last = tokens.cpu().gather(-1, drawn).masked_fill(ended, ENDOFTEXT)
         yield last.flatten().tolist()
@@ -104,7 +127,9 @@ def main() -> None:
     if args.max_new_tokens < 1 or args.samples < 1 or not 0 <= args.seed < 2**63:
         raise UserError("--max_new_tokens and --samples must be at least 1, --seed from 0 to below 2**63")
     text, encoding = read_prompt(args.prompt, args.prompt_file), gpt2_encoding()
-    model = on_machine(load_model(Path(args.out_dir) / "best.pt")[0], args.device, args.dtype, compile=False)
+    model = load_model(Path(args.out_dir) / "best.pt")[0]
+    head = 1, model.config.n_embd, model.config.vocab_size
+    on_machine(model, args.device, args.dtype, compile=False, product=head)
     for weight in model.parameters():
         if weight.ndim == 2:  # convert the matrices once: autocast would convert them for each token
             weight.data = weight.data.to(model.dtype)

@@ -179,9 +179,8 @@ def check_ranges(config: Config) -> None:
     if config.n_embd % (2 * config.n_head):
         raise UserError(f"n_embd={config.n_embd} is not an even multiple of n_head={config.n_head}")
     for key, kinds in (("plan_ppl", (int, int | float)), ("phases", (str, int))):
-        rows = getattr(config, key)
-        typed = all(isinstance(row, tuple) and len(row) == 2 and all(map(isinstance, row, kinds)) for row in rows)
-        if not typed or not all(value > 0 for row in rows for value in row if not isinstance(value, str)):
-            raise UserError(f"{key}: its rows are positive (step, perplexity) or (name, last step), not {rows!r}")
-    if any(row[0] >= later[0] for row, later in itertools.pairwise(config.plan_ppl)):
-        raise UserError("plan_ppl: its steps must ascend")
+        for row in getattr(config, key):
+            if not (isinstance(row, tuple) and len(row) == 2 and all(map(isinstance, row, kinds)) and row[1] > 0):
+                raise UserError(f"{key}: {row!r} is not (step, perplexity) or (name, last step), positive")
+    if any(row[0] >= later[0] for row, later in itertools.pairwise([(0,), *config.plan_ppl])):
+        raise UserError("plan_ppl: its steps must ascend from above 0")

@@ -19,6 +19,7 @@ from checkpoint import Progress, Run, read_log
 from curriculum import PEAK_FLOPS, Curriculum, learning_rate
 from data import Dataset, micro_batches, open_dataset
 from evaluate import eval_table, evaluate, score_windows, summary
+from graph import gradient_function
 from model import GPT, GPTConfig, on_machine
 from optim import make_optimizers
 from parallel import Team, join_team
@@ -35,10 +36,10 @@ def train_step(
     seq_len, n_targets = windows.shape[1] - 1, windows[:, 1:].size
     loss = torch.zeros((), device=model.device)
     grad = scaler.scale(torch.full_like(loss, 1 / n_targets))
-    for part in micro_batches(team.share(windows), seq_len, config.micro_batch_tokens):
-        part_loss = model.loss(torch.from_numpy(part).to(model.device))  # a sum over targets
-        part_loss.backward(grad)
-        loss += part_loss.detach() / n_targets
+    parts = micro_batches(team.share(windows), seq_len, config.micro_batch_tokens)
+    add_gradients = gradient_function(model, len(parts))
+    for part in parts:
+        loss += add_gradients(torch.from_numpy(part).to(model.device), grad) / n_targets
     loss = team.sum_gradients(model, loss)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
@@ -79,7 +80,7 @@ def set_up(config: Config, curriculum: Curriculum, run: Run) -> tuple[GPT, list,
 
 
 def train(config: Config, team: Team) -> int:
-    """Run the training that config describes. Returns 0, or the number of the signal that stopped it."""
+    """Run the training that config describes. Return the exit status: 0, or 128 + the signal that stopped it."""
     curriculum = Curriculum(config.stages, config.max_steps)
     if config.micro_batch_tokens < curriculum.max_len:
         raise UserError(f"micro_batch_tokens={config.micro_batch_tokens} is less than a window of {curriculum.max_len}")
@@ -154,7 +155,7 @@ def train(config: Config, team: Team) -> int:
     run.finish()
     if team.stopping:
         print(f"stopped by {signal.Signals(team.stopping).name} after step {step:,}; --resume=True continues")
-    return team.stopping
+    return team.stopping and 128 + team.stopping
 
 
 def report_end(model: GPT, data: Dataset, curriculum: Curriculum, progress: Progress, run: Run, team: Team) -> None:
@@ -171,5 +172,4 @@ def report_end(model: GPT, data: Dataset, curriculum: Curriculum, progress: Prog
 
 if __name__ == "__main__":
     with join_team("halve --micro_batch_tokens, down to one window of the longest stage") as team:
-        number = train(load_config(sys.argv[1:]), team)
-        sys.exit(128 + number if number else 0)
+        sys.exit(train(load_config(sys.argv[1:]), team))

@@ -35,7 +35,7 @@ import train  # noqa: E402
 from bench.breakdown import muon_flops  # noqa: E402
 from checkpoint import load_checkpoint, read_log  # noqa: E402
 from config import curriculum9  # noqa: E402
-from curriculum import Curriculum, Stage, format_table, short  # noqa: E402
+from curriculum import Curriculum, Stage, format_table  # noqa: E402
 from data import Split, open_dataset  # noqa: E402
 from evaluate import score_windows  # noqa: E402
 from model import GPT, GPTConfig, on_machine  # noqa: E402
@@ -158,7 +158,7 @@ def nanogpt_rate(config: Config, stage: Stage, step: int) -> float:
 def result_path(run: dict, args: Namespace) -> Path:
     """Return the file of a run: a name to read, and a hash of all that decides the run's outcome."""
     digest = hashlib.sha256(json.dumps([run, SHARED | VARIANTS[run["variant"]]]).encode()).hexdigest()[:8]
-    words = [run["variant"], short(run["tokens"]), run["keys"]["learning_rate"], run["seed"], digest]
+    words = [run["variant"], f"{run['tokens'] / 1e6:.1f}M", run["keys"]["learning_rate"], run["seed"], digest]
     return Path(args.results) / ("_".join(map(str, words)) + ".json")
 
 
@@ -168,8 +168,8 @@ def train_run(run: dict, args: Namespace) -> None:
     config = config_of(run, args)
     if is_nanogpt := run["variant"] == "nanogpt":
         train.GPT, train.make_optimizers, train.learning_rate = GPT2, nanogpt_optimizers, nanogpt_rate
-    if number := train.train(config, Team()):
-        sys.exit(128 + number)
+    if status := train.train(config, Team()):
+        sys.exit(status)
     state, data = load_checkpoint(Path(config.out_dir) / "last.pt"), open_dataset(config.data_dir, LAST_LEN)
     model = train.GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd), LAST_LEN)
     model.load_state_dict(state["model"])

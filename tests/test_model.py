@@ -1,6 +1,7 @@
 """The GPT against transformers' Qwen3, against itself written out in numpy's float64, and against closed forms."""
 
 import math
+import timeit
 
 import numpy as np
 import pytest
@@ -205,6 +206,19 @@ def test_compiling_changes_losses_and_gradients_by_rounding_alone(dtype, toleran
 
     for eager, compiled in zip(results(False), results(True), strict=True):
         assert_near(compiled.float(), eager.float(), tolerance)
+
+
+@pytest.mark.parametrize("bfloat16, taken", [(0.5, "bfloat16"), (0.83, "bfloat16"), (0.84, "float32"), (2, "float32")])
+def test_auto_takes_the_type_that_the_clock_finds_fast(bfloat16, taken, monkeypatch):
+    def repeat(statement: str, number: int, globals: dict) -> list[float]:
+        y = eval(statement, globals)
+        assert y.shape == (3, 5) and globals["x"].shape == (3, 4)
+        return [7.0, 1.0 if y.dtype == torch.float32 else bfloat16]
+
+    monkeypatch.setattr(timeit, "repeat", repeat)
+    model = GPT(SMALL, 8)
+    assert on_machine(model, "cpu", product=(3, 4, 5)).dtype == getattr(torch, taken)
+    assert on_machine(model, "cpu", "float16").dtype == torch.float16
 
 
 @pytest.mark.parametrize("device, tried", [("cuda", "cuda:98"), ("gpu", "gpu"), ("meta", "meta"), ("cpu:x", "cpu:x")])

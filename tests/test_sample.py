@@ -14,9 +14,9 @@ from conftest import ROOT, SMALL, call_program
 import sample
 from checkpoint import load_model
 from data import ENDOFTEXT, VOCAB_SIZE
-from model import GPT, Cache, GPTConfig
+from model import GPT, GPTConfig
 from packages import gpt2_encoding
-from sample import decode, generate, next_probabilities
+from sample import Cache, decode, extend, generate, next_probabilities
 
 GREEDY = {"seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
@@ -57,24 +57,26 @@ def test_logits_with_the_cache_are_those_of_the_whole_forward(prompt):
     model = wild_model(config, 100)
     tokens = torch.randint(257, (3, 100), generator=torch.Generator().manual_seed(prompt))
     cache = Cache(config, 3, 100, torch.device("cpu"))
-    logits = [model.extend(cache, tokens[:, :prompt])]
-    logits += [model.extend(cache, tokens[:, i : i + 1]) for i in range(prompt, 100)]
+    logits = [extend(model, cache, tokens[:, :prompt])]
+    logits += [extend(model, cache, tokens[:, i : i + 1]) for i in range(prompt, 100)]
     torch.testing.assert_close(torch.stack(logits, 1), model(tokens)[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
 
 
 def test_in_bfloat16_the_matrices_alone_are_rounded_and_the_logits_stay_near(monkeypatch):
     """The model as the program uses it, against the same model in float32."""
-    config, used = GPTConfig(3, 4, 64), []
+    config, used, timed = GPTConfig(3, 4, 64), [], []
     monkeypatch.setattr(sample, "load_model", lambda path: (wild_model(config, 60), {}))
     monkeypatch.setattr(sample, "generate", lambda model, *_: used.append(model) or iter([]))
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--dtype=bfloat16", "--device=cpu"])
+    monkeypatch.setattr("model.fast_dtype", lambda device, *product: timed.append(product) or "bfloat16")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--device=cpu"])
     sample.main()
     (model,) = used
+    assert timed == [(1, 64, 50304)]  # one row times the head decides what 'auto' takes
     tokens = torch.randint(VOCAB_SIZE, (2, 60), generator=torch.Generator().manual_seed(0))
     cache = Cache(config, 2, 60, torch.device("cpu"))
-    model.extend(cache, tokens[:, :30])
+    extend(model, cache, tokens[:, :30])
     for i in range(30, 60):
-        logits = model.extend(cache, tokens[:, i : i + 1])
+        logits = extend(model, cache, tokens[:, i : i + 1])
     assert {(weight.ndim, weight.dtype) for weight in model.parameters()} == {(1, torch.float32), (2, torch.bfloat16)}
     exact = wild_model(config, 60)(tokens)[:, -1]
     assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
@@ -126,7 +128,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model():
 def test_a_text_that_has_ended_stays_ended_while_others_go_on(monkeypatch):
     script = iter([[1, 2, 3], [ENDOFTEXT, 4, 5], [6, 7, ENDOFTEXT], [8, ENDOFTEXT, 9], [10, 11, 12]])
     model = wild_model(GPTConfig(1, 2, 32), 64)
-    monkeypatch.setattr(model, "extend", lambda *_: F.one_hot(torch.tensor(next(script)), 50304).float())
+    monkeypatch.setattr(sample, "extend", lambda *_: F.one_hot(torch.tensor(next(script)), 50304).float())
     E = ENDOFTEXT
     assert list(generate(model, [E], 3, 50, **GREEDY)) == [[1, 2, 3], [E, 4, 5], [E, 7, E], [E, E, E]]
 

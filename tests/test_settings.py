@@ -181,7 +181,7 @@ MISTAKES = {
     "--out_dir=model --resume=True": "not a checkpoint of this version",
     "--n_embd=4000000": "out of memory: halve --micro_batch_tokens",
     "train.py --seed=3": "one config file and --key=value arguments, not --seed=3",
-    "curriculum.py small.py --speed=4090_at_15": "--speed is a number",
+    "curriculum.py small.py --speed=4090_at_15": "not a whole number of tokens/s",
     "curriculum.py small.py --plan_ppl=(2000,5000)": "plan_ppl: ",
     "curriculum.py small.py --plan_ppl=[(2,9),(2,8)]": "plan_ppl: ",
     "curriculum.py small.py --phases=('a',10)": "phases: ",
