@@ -54,7 +54,7 @@ class Curriculum:
         starts = [row[0] for row in rows]
         if starts[:1] != [0] or starts != sorted(set(starts)):
             raise UserError(f"stages: the steps of its rows must ascend from 0, and are {starts}")
-        self.max_len = max(row[1] for row in rows)
+        self.max_len, self.max_tokens = max(row[1] for row in rows), max(row[1] * row[2] for row in rows)  # of a step
         self.last_len = rows[-1][1]  # reached or not: the cross-stage curve is scored at it
         ends = [*starts[1:], max_steps]
         self.stages = [Stage(number, row[0], min(end, max_steps), *row[1:])
