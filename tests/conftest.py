@@ -94,7 +94,7 @@ def release_logs() -> None:
 
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "warmup_steps": 0, "learning_rate": 1e-2, "device": "cpu"}
-SMALL |= {"compile": False, "dtype": "float32", "eval_tokens": 2_048, "log_interval": 1, "micro_batch_tokens": 4_096}
+SMALL |= {"compile": False, "dtype": "float32", "eval_tokens": 2_048, "log_interval": 1, "micro_batch_tokens": 512}
 FEW = ((0, 16, 8, 1.0), (10, 32, 4, 0.5), (20, 64, 3, 0.25))
 
 

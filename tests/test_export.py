@@ -21,7 +21,7 @@ from data import ENDOFTEXT, VOCAB_SIZE
 from model import GPTConfig
 from packages import gpt2_encoding
 
-STAGES = ((0, 64, 4, 1.0), (8, 256, 1, 0.5), (11, 2048, 1, 0.25), (99, 2048, 1, 1.0))  # the last is never reached
+STAGES = ((0, 64, 4, 1.0), (8, 256, 1, 0.5), (11, 512, 1, 0.25), (99, 512, 1, 1.0))  # the last is never reached
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,12 @@ def no_network():
 
 @torch.no_grad()
 def test_logits_are_equal_at_every_length(tmp_path):
-    model = wild_model(GPTConfig(3, 2, 64), 2048)
+    model = wild_model(GPTConfig(3, 2, 64, vocab_size=1000), 2048)
     export.write_model(tmp_path, model)
     qwen3 = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(qwen3) is Qwen3ForCausalLM and qwen3.dtype == torch.float32
     assert qwen3.config.max_position_embeddings == 2048
-    tokens = torch.randint(VOCAB_SIZE, (1, 2048), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(1000, (1, 2048), generator=torch.Generator().manual_seed(1))
     for seq_len in (1, 2, 63, 64, 100, 257, 1000, 2048):
         logits, theirs = model(tokens[:, :seq_len]), qwen3(tokens[:, :seq_len]).logits
         assert (logits - theirs).abs().max() < 1e-5 * logits.abs().max()
@@ -67,13 +67,13 @@ def test_logits_are_equal_at_every_length(tmp_path):
 def test_transformers_computes_the_loss_that_was_reported(run_dir, hf_dir):
     """The run's last evaluation, by design.md's rule for windows: all those that tile the held-out shard."""
     record = [record for record in read_log(run_dir) if record["event"] == "eval"][-1]
-    assert (record["step"], record["seq_len"]) == (12, 2048)
+    assert (record["step"], record["seq_len"]) == (12, 512)
     shard = np.fromfile(run_dir.parent / "data" / "val_00000.bin", "<u2").astype(np.int64)
     qwen3, losses = AutoModelForCausalLM.from_pretrained(hf_dir), []
-    for start in range(0, len(shard) - 2048, 2048):
-        window = torch.from_numpy(shard[start : start + 2049])[None]
+    for start in range(0, len(shard) - 512, 512):
+        window = torch.from_numpy(shard[start : start + 513])[None]
         losses.append(F.cross_entropy(qwen3(window[:, :-1]).logits[0].double(), window[0, 1:]).item())
-    assert len(losses) == 2 and record["val_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert len(losses) == 8 and record["val_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
     assert record["val_ppl"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
 
 
@@ -97,7 +97,7 @@ STRANGE = ["", " ", "a  b   c", "\n\n\r\n\t x", "don't DON'T we'll", "\u00a0\u20
 def test_texts_have_the_tokens_that_shards_hold_and_come_back(hf_dir, sample_dir):
     """Every article of the sample, strange texts and random characters. A special token's are plain characters."""
     tokenizer, encoding = AutoTokenizer.from_pretrained(hf_dir), gpt2_encoding()
-    assert tokenizer.model_max_length == 2048 and len(tokenizer) == VOCAB_SIZE
+    assert tokenizer.model_max_length == 512 and len(tokenizer) == VOCAB_SIZE
     shards = [np.fromfile(sample_dir / f"{split}_00000.bin", "<u2") for split in ("train", "val")]
     articles = [part.tolist() for shard in shards for part in np.split(shard, np.flatnonzero(shard == ENDOFTEXT)[1:])]
     assert len(articles) > 10_000
@@ -146,10 +146,10 @@ def test_the_card_tells_of_curriculum_data_validation_and_licence(hf_dir, run_di
     card = (hf_dir / "README.md").read_text()
     last = [record for record in read_log(run_dir) if record["event"] == "eval"][-1]
     lines = [" ".join(line.split()) for line in card.splitlines()]
-    assert ["0 64 4 0.01", "8 256 1 0.005", "11 2,048 1 0.0025"] == [line for line in lines if line[:1].isdigit()][:3]
-    assert any(line.startswith(f"12 3 2,048 {last['val_loss']:.3f} {last['val_ppl']:,.1f} ") for line in lines)
+    assert ["0 64 4 0.01", "8 256 1 0.005", "11 512 1 0.0025"] == [line for line in lines if line[:1].isdigit()][:3]
+    assert any(line.startswith(f"12 3 512 {last['val_loss']:.3f} {last['val_ppl']:,.1f} ") for line in lines)
     assert "(4.2k tokens) held out, from: articles.jsonl" in card and "CC BY-SA" in card
-    assert "on 4.9k tokens, 12 steps" in card  # 8 * 256 + 3 * 256 + 2048
+    assert "on 3.3k tokens, 12 steps" in card  # 8 * 256 + 3 * 256 + 512
 
 
 def test_what_goes_wrong_is_one_line(run_dir, tmp_path, monkeypatch, run_program):

@@ -66,7 +66,7 @@ def run(command: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Make a folder with pieces of the README for articles, and with the demo and OWN cut to a tiny step."""
+    """Make a folder with pieces of the README for articles, and with the demo and OWN cut to a tiny, short step."""
     monkeypatch.chdir(tmp_path)
     on_machine = model.on_machine
     monkeypatch.setattr(model, "on_machine", lambda *args, **_: on_machine(*args[:3], compile=False))
@@ -81,7 +81,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in (OWN, "config/demo.py"):
         with open(name, "a") as file:
             file.write("\nn_layer, n_head, n_embd, max_steps, log_interval, eval_tokens = 1, 2, 32, 1, 1, 64\n")
-            file.write("micro_batch_tokens = 2_048\n")
+            file.write("stages = tuple((row[0], min(row[1], 512), *row[2:]) for row in stages)\n")
+            file.write("micro_batch_tokens = 512\n")
     return tmp_path
 
 

@@ -18,7 +18,7 @@ from model import GPTConfig, on_machine
 
 def run_of(variant: str, steps: int, batch_tokens: int, lr: float) -> dict:
     keys = {"n_layer": 1, "n_head": 1, "n_embd": 32, "compile": False, "device": "cpu", "dtype": "float32",
-            "micro_batch_tokens": 2_048, "eval_tokens": 2_048, "learning_rate": lr}  # fmt: skip
+            "micro_batch_tokens": 512, "eval_tokens": 2_048, "learning_rate": lr}  # fmt: skip
     return {"variant": variant, "seed": 0, "tokens": steps * batch_tokens, "batch_tokens": batch_tokens, "data": "x",
             "keys": keys}  # fmt: skip
 
