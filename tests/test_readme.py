@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, call_program
 
 import model
+from curriculum import Curriculum
 from settings import KEYS, load_config
 
 README = (ROOT / "README.md").read_text()
@@ -115,19 +116,16 @@ def test_a_command_that_cannot_run_here_names_a_program_and_keys_that_exist(comm
         assert all(word.partition("=")[0] in source for word in arguments if word.startswith("--"))
 
 
-def test_no_command_goes_unnoticed():
-    text = "Text.\n\n    # no command\n    pip install spam\n    python a.py \\\n        --b=c\n\n```\n    out\n```\n"
-    assert commands(text) == ["pip install spam", "python a.py --b=c"]
+def test_fences_hold_no_commands_and_no_pattern_is_stale():
     assert set(re.findall(r"^```(\w*)$", README, re.MULTILINE)) == {"", "python"}  # no commands in fences
     assert all(any(re.fullmatch(kind, command) for command in NOT_RUN) for kind in NOT_HERE)
 
 
-def test_the_configuration_in_the_readme_loads(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (text,) = fenced("python")
-    Path("mine.py").write_text(text)
-    config = load_config(["mine.py"])
-    assert config.max_steps > config.stages[-1][0] and len(config.stages) == 3
+def test_the_configurations_of_the_readme_and_the_repository_reach_their_last_stage(tmp_path):
+    (tmp_path / "mine.py").write_text(fenced("python")[0])
+    for path in (tmp_path / "mine.py", *(ROOT / "config").glob("[a-z]*.py")):
+        config = load_config([str(path)])
+        assert len(Curriculum(config.stages, config.max_steps).stages) == len(config.stages), path
 
 
 def test_the_readme_s_files_installed_versions_and_options_exist():

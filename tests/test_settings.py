@@ -2,13 +2,11 @@
 
 import dataclasses
 import os
-import shutil
 
 import pytest
 from conftest import FEW, ROOT, SMALL, call_program, release_logs
 
 from config import curriculum9
-from curriculum import Curriculum
 from parallel import Team
 from settings import Config, UserError, load_config, user_errors
 from train import train
@@ -21,7 +19,7 @@ def write(tmp_path):
     """Write a config file; return its path."""
 
     def write(text: str, name: str = "mine.py") -> str:
-        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
         return f"{tmp_path}/{name}"
 
     return write
@@ -105,35 +103,21 @@ def test_what_a_file_imports_defines_and_hides_is_its_own(write):
     assert load_config([path]) == Config(stages=expected, n_head=6, out_dir="out/mine")
 
 
-def test_keys_count_wherever_they_come_from(write):
+def test_imported_keys_count(write):
     demo = load_config([f"{ROOT}/config/demo.py"])
     assert load_config([write("from config.demo import *\nseed = 3\n")]) == dataclasses.replace(demo, seed=3)
-    path = write("from config.curriculum9 import stages\nfrom config import demo\nstages = stages[:2]\n")
-    assert load_config([path]) == Config(stages=curriculum9.stages[:2])
-
-
-def test_the_configurations_of_the_repository_reach_their_last_stage():
-    for path in set((ROOT / "config").glob("*.py")) - {ROOT / "config" / "__init__.py"}:
-        config = load_config([str(path)])
-        assert len(Curriculum(config.stages, config.max_steps).stages) == len(config.stages), path
 
 
 @pytest.mark.parametrize("text, said", [
     ("seed = 1\nmax_steps = = 5\n", "SyntaxError.*line 2"), ("seed = sede + 1\n", "NameError.*sede"),
     ("import no_such_module\n", "ModuleNotFoundError.*no_such_module"), ("seed = 1\0\n", "null byte"),
-    ("open('no_such.txt')\n", "No such file"), ("exit()\n", "SystemExit"),
+    ("open('no_such.txt')\n", "No such file"), ("exit()\n", "SystemExit"), (None, "FileNotFoundError"),
+    ("out_dir = '\udcfc'\n", "UnicodeDecodeError"),  # a byte that is not UTF-8
 ])  # fmt: skip
-def test_a_file_that_does_not_run_is_refused_with_its_error(write, text, said):
-    path = write(text)
+def test_a_file_that_does_not_run_is_refused_with_its_error(write, tmp_path, text, said):
+    path = write(text) if text else f"{tmp_path}/none.py"
     with pytest.raises(UserError, match=f"config file {path}: .*{said}"):
         load_config([path])
-
-
-def test_a_missing_or_unreadable_file_is_refused(tmp_path):
-    assert refusal(f"{tmp_path}/none.py").startswith(f"config file {tmp_path}/none.py: FileNotFoundError: ")
-    assert refusal(str(tmp_path)).startswith(f"config file {tmp_path}: IsADirectoryError: ")
-    (tmp_path / "latin1.py").write_bytes("out_dir = 'für'\n".encode("latin-1"))
-    assert f"config file {tmp_path}/latin1.py: UnicodeDecodeError" in refusal(f"{tmp_path}/latin1.py")
 
 
 @pytest.mark.parametrize("error, status, line", [
@@ -158,36 +142,22 @@ def test_no_bug_is_taken_for_a_users_error(kind):
 # What a user types after `train.py small.py` (or another program), and a part of the line that answers
 MISTAKES = {
     "--seed": "--seed=: not a whole number",
-    "-seed=3": "unknown key '-seed'",
     "seed=3": "one config file and --key=value arguments, not small.py seed=3",
     "--weight_decay=-1": "weight_decay=-1",
     "--learning_rate=0": "learning_rate=0",
     f"--seed={10**20}": "seed=100",
     "--optimizer=sgd": "optimizer='sgd' is none of adamw, muon",
-    "--dtype=int8": "int8",
     "--n_head=32": "n_head=32",  # a head of one dimension cannot be turned
-    "--stages=[(0,16,8,1.0),(0,16,8,1.0)]": "stages: the steps",
     "--micro_batch_tokens=32": "micro_batch_tokens=32 is less than a window of 64",
     "--stages=[(0,99999,1,1.0)] --micro_batch_tokens=99999": "no train shard",
     "--device=cuda:97": "cuda:97",
     "--data_dir=nowhere": "nowhere is not a dataset",
-    "--data_dir=short": "short is damaged: val_00000.bin",
     "--out_dir=small.py/x": "out_dir",
-    "--out_dir=used": "holds a run",
-    "--out_dir=used --resume=True --seed=3": "seed was 1337 and is 3",
-    "--out_dir=used --resume=True --data_dir=other": "other shards",
-    "--out_dir=used --resume=True --max_steps=1": "step 2, past",
-    "--out_dir=foreign --resume=True": "foreign/last.pt is damaged",
-    "--out_dir=model --resume=True": "not a checkpoint of this version",
-    "--n_embd=4000000": "out of memory: halve --micro_batch_tokens",
-    "train.py --seed=3": "one config file and --key=value arguments, not --seed=3",
     "curriculum.py small.py --speed=4090_at_15": "not a whole number of tokens/s",
     "curriculum.py small.py --plan_ppl=(2000,5000)": "plan_ppl: ",
     "curriculum.py small.py --plan_ppl=[(2,9),(2,8)]": "plan_ppl: ",
     "curriculum.py small.py --phases=('a',10)": "phases: ",
-    "curriculum.py small.py --data_dir=nowhere": "nowhere is not a dataset",
     "evaluate.py": "cannot use out/run/best.pt: No such file",
-    "evaluate.py --out_dir=nowhere": "cannot use nowhere/best.pt: No such file",
     "evaluate.py --out_dir=foreign": "foreign/best.pt is damaged",
     "evaluate.py --out_dir=used --dtype=bf16": "bf16",
 }
@@ -195,23 +165,14 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, small_dir):
-    """A folder with what the mistakes need: configs, other datasets, a run, and files that are not checkpoints."""
+    """A folder with what the mistakes need: a config, a run, and a file that is not a checkpoint."""
     folder = tmp_path_factory.mktemp("mistakes")
     keys = SMALL | {"stages": FEW, "eval_tokens": 512, "max_steps": 2, "data_dir": str(small_dir)}
     (folder / "small.py").write_text("".join(f"{k} = {v!r}\n" for k, v in keys.items()) + "out_dir = 'run'\n")
-    for name in ("short", "other"):
-        shutil.copytree(small_dir, folder / name)
-    (folder / "short" / "val_00000.bin").write_bytes(b"\0" * 10)
-    meta = folder / "other" / "meta.json"
-    meta.write_text(meta.read_text().replace('"sha256": "', '"sha256": "0'))
     assert train(Config(**keys, out_dir=str(folder / "used")), Team()) == 0
     release_logs()
-    for name in ("foreign", "model"):
-        shutil.copytree(folder / "used", folder / name)
-    for name in ("last.pt", "best.pt"):
-        (folder / "foreign" / name).write_text("no checkpoint")
-    (folder / "foreign" / "prev.pt").unlink()
-    shutil.copy(folder / "used" / "best.pt", folder / "model" / "last.pt")
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "best.pt").write_text("no checkpoint")
     return folder
 
 
@@ -225,12 +186,6 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(folder, monke
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and MISTAKES[typed] in line
     assert {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")} == before
-
-
-def test_a_mistake_on_a_real_command_line(run_program):
-    done = run_program("train.py", "config/curriculum9.py", "--lerning_rate=3e-4")
-    said = "error: unknown key 'lerning_rate'; the nearest known one is 'learning_rate'\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 @pytest.mark.parametrize("program", ["train.py", "curriculum.py"])
