@@ -11,7 +11,6 @@ import torch
 from children import run_train
 from conftest import ROOT
 
-import packages
 import prepare_wiki
 from data import open_dataset
 from model import GPT, GPTConfig, on_machine
@@ -55,20 +54,15 @@ def test_without_a_compiler_a_cpu_trains_uncompiled_after_one_line(capsys):
     assert line.startswith("torch.compile fails here: ") and "no-such-compiler" in line
 
 
-def test_workers_are_the_cores_that_the_process_may_use(monkeypatch):
-    command = [sys.executable, "-c", "import prepare_wiki; print(prepare_wiki.usable_cores())"]
+def test_workers_are_the_cores_that_the_process_may_use_and_take_no_torch(monkeypatch):  # 150 MiB in each
+    code = "import prepare_wiki, sys; print(prepare_wiki.usable_cores(), 'torch' in sys.modules)"
     one = {min(os.sched_getaffinity(0))}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, preexec_fn=lambda: os.sched_setaffinity(0, one))
-    assert done.stdout == b"1\n"
+    limit = lambda: os.sched_setaffinity(0, one)  # noqa: E731
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, preexec_fn=limit)
+    assert done.stdout == b"1 False\n"
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64))
     monkeypatch.setattr(prepare_wiki.Path, "read_text", lambda path, **_: "350000 100000\n")  # a container's 3.5
     assert prepare_wiki.usable_cores() == 3
-
-
-def test_an_empty_cache_folder_of_tiktoken_is_as_unset(monkeypatch):
-    monkeypatch.setenv("DATA_GYM_CACHE_DIR", "")
-    packages.gpt2_encoding()
-    assert "DATA_GYM_CACHE_DIR" not in os.environ
 
 
 def refuse(*args, **kwargs):

