@@ -19,7 +19,7 @@ from signal import SIG_IGN, SIGHUP, SIGINT, SIGKILL, SIGTERM, signal  # noqa: F4
 
 import numpy as np
 import torch
-from conftest import FEW, ROOT, SMALL
+from conftest import FEW, ROOT, SMALL, write_dataset
 
 import checkpoint
 import curriculum
@@ -76,22 +76,18 @@ def folder() -> Path:
     """Return this session's folder, with a dataset `data` and a config file config.py of KEYS over it."""
     path = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, path)
-    write_dataset(path / "data", seed=0)
+    write_learnable(path / "data", seed=0)
     keys = KEYS | {"data_dir": str(path / "data"), "resume": True}
     (path / "config.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
     return path
 
 
-def write_dataset(path: Path, seed: int) -> None:
+def write_learnable(path: Path, seed: int) -> None:
     """Write tokens that a model can learn: each is 1 to 3 above the one before it."""
     path.mkdir()
-    random, shards = np.random.default_rng(seed), []
-    for split, tokens in (("train", 20_000), ("val", 2_100)):
-        file = f"{split}_00000.bin"
-        (np.cumsum(random.integers(1, 4, size=tokens)) % VOCAB_SIZE).astype("<u2").tofile(path / file)
-        shards.append({"file": file, "split": split, "tokens": tokens, "sha256": f"{split}, seed {seed}"})
-    np.save(path / "token_bytes.npy", random.integers(1, 9, size=VOCAB_SIZE).astype(np.uint16))
-    (path / "meta.json").write_text(json.dumps({"tokenizer": {}, "splits": {}, "shards": shards}))
+    random = np.random.default_rng(seed)
+    train, val = (np.cumsum(random.integers(1, 4, size=size)) % VOCAB_SIZE for size in (20_000, 2_100))
+    write_dataset(path, train=[train], val=[val])
 
 
 class Child:

@@ -41,33 +41,35 @@ def sample_dir() -> Path:
     return folder
 
 
+def write_dataset(folder: Path, **splits: list[np.ndarray]) -> None:
+    """Write arrays of tokens as prepare_wiki.py does, each as a shard of its split. Their bytes are made up."""
+    meta = {"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "splits": {}, "shards": []}
+    for split, shards in splits.items():
+        tokens = np.concatenate(shards)
+        meta["splits"][split] = {"articles": int((tokens == 50256).sum()), "tokens": len(tokens), "bytes": 0}
+        for number, shard in enumerate(shards):
+            entry = {"file": f"{split}_{number:05d}.bin", "split": split, "tokens": len(shard)}
+            (folder / entry["file"]).write_bytes(content := shard.astype("<u2").tobytes())
+            meta["shards"].append(entry | {"sha256": hashlib.sha256(content).hexdigest()})
+    np.save(folder / "token_bytes.npy", np.random.default_rng(0).integers(1, 9, size=50257).astype(np.uint16))
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
 @pytest.fixture(scope="session")
 def small_dir(sample_dir, tmp_path_factory) -> Path:
     """The sample's first 40,000 tokens to train on and first 4,200 held-out ones, for runs of seconds."""
-    folder = tmp_path_factory.mktemp("small")
-    meta = {"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "splits": {}, "shards": []}
-    for split, tokens in (("train", 40_000), ("val", 4_200)):
-        file = f"{split}_00000.bin"
-        shard = np.fromfile(sample_dir / file, "<u2", tokens)
-        shard.tofile(folder / file)
-        sha256 = hashlib.sha256(shard.tobytes()).hexdigest()
-        meta["shards"].append({"file": file, "split": split, "tokens": tokens, "sha256": sha256})
-        meta["splits"][split] = {"articles": int((shard == 50256).sum()), "tokens": tokens, "bytes": 0}
+    folder, sizes = tmp_path_factory.mktemp("small"), {"train": 40_000, "val": 4_200}
+    shards = {split: [np.fromfile(sample_dir / f"{split}_00000.bin", "<u2", size)] for split, size in sizes.items()}
+    write_dataset(folder, **shards)
     shutil.copy(sample_dir / "token_bytes.npy", folder)
-    (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
-@pytest.fixture
-def run_program():
+def run_program(*args: object, **kwargs: object) -> subprocess.CompletedProcess:
     """Run `python ARGS...` in the repository's folder; return the finished process with its output as text."""
-
-    def run(*args: object, **kwargs: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, *map(str, args)]
-        kwargs = {"cwd": ROOT} | kwargs
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **kwargs)
-
-    return run
+    command = [sys.executable, *map(str, args)]
+    kwargs = {"cwd": ROOT} | kwargs
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **kwargs)
 
 
 def call_program(program: str, *args: object) -> subprocess.CompletedProcess:
@@ -96,16 +98,6 @@ def release_logs() -> None:
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "warmup_steps": 0, "learning_rate": 1e-2, "device": "cpu"}
 SMALL |= {"compile": False, "dtype": "float32", "eval_tokens": 2_048, "log_interval": 1, "micro_batch_tokens": 512}
 FEW = ((0, 16, 8, 1.0), (10, 32, 4, 0.5), (20, 64, 3, 0.25))
-
-
-@pytest.fixture
-def config_file(tmp_path, small_dir):
-    """The path of a config file: 30 steps of FEW over the sample."""
-    keys = SMALL | {"data_dir": str(small_dir), "out_dir": str(tmp_path / "run"), "stages": FEW, "max_steps": 30}
-    keys |= {"eval_interval": 8, "checkpoint_interval": 3}
-    path = tmp_path / "small.py"
-    path.write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
-    return path
 
 
 def as_qwen3(state: dict):
@@ -160,8 +152,3 @@ def assert_same_run(one, other) -> None:
     assert len(ours) == len(theirs) > 20
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
     assert without_times(read_log(one)) == without_times(read_log(other))
-
-
-def count_lines(out_dir) -> int:
-    path = out_dir / "log.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0

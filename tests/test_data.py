@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_dataset
 
 from data import Split, micro_batches, open_dataset
 from settings import UserError
@@ -90,20 +91,15 @@ def test_micro_batches_are_as_few_and_as_equal_as_can_be(n, seq_len, most):
     assert not parts or (len(parts) - 1) * (most // seq_len) < n  # one part fewer could not hold them
 
 
-def write_dataset(folder: Path, train: tuple = (100, 17, 40), val: tuple = (50, 30)) -> None:
-    """Write random tokens in shards of these lengths, in the format of prepare_wiki.py."""
-    rng, shards = np.random.default_rng(0), []
-    for split, sizes in (("train", train), ("val", val)):
-        for number, size in enumerate(sizes):
-            file = f"{split}_{number:05d}.bin"
-            rng.integers(50257, size=size).astype("<u2").tofile(folder / file)
-            shards.append({"file": file, "split": split, "tokens": size, "sha256": f"{split}{number}"})
-    np.save(folder / "token_bytes.npy", rng.integers(9, size=50257).astype(np.uint16))
-    (folder / "meta.json").write_text(json.dumps({"tokenizer": {}, "splits": {}, "shards": shards}))
+def write_random(folder: Path, train: tuple = (100, 17, 40), val: tuple = (50, 30)) -> None:
+    """Write random tokens in shards of these lengths."""
+    random = np.random.default_rng(0)
+    train, val = ([random.integers(50257, size=size) for size in sizes] for sizes in (train, val))
+    write_dataset(folder, train=train, val=val)
 
 
 def test_open_dataset_reads_what_was_written(tmp_path):
-    write_dataset(tmp_path)
+    write_random(tmp_path)
     dataset = open_dataset(str(tmp_path), 16)
     assert dataset.meta == json.loads((tmp_path / "meta.json").read_text())
     for name, split, n in (("train", dataset.train, 3), ("val", dataset.val, 2)):
@@ -114,7 +110,7 @@ def test_open_dataset_reads_what_was_written(tmp_path):
 
 
 def test_a_fingerprint_is_of_the_text_alone(tmp_path):
-    write_dataset(tmp_path)
+    write_random(tmp_path)
     meta = json.loads((tmp_path / "meta.json").read_text())
 
     def fingerprint(**changes: str) -> str:
@@ -125,7 +121,8 @@ def test_a_fingerprint_is_of_the_text_alone(tmp_path):
 
     shutil.copy(tmp_path / "train_00000.bin", tmp_path / "another_name.bin")
     assert fingerprint(file="another_name.bin", note="new") == fingerprint()
-    assert len({fingerprint(), fingerprint(sha256="new"), fingerprint(split="val"), fingerprint(sha256="train1")}) == 4
+    others = {"sha256": "new"}, {"split": "val"}, {"sha256": meta["shards"][1]["sha256"]}
+    assert len({fingerprint(), *(fingerprint(**changes) for changes in others)}) == 4
 
 
 @pytest.mark.parametrize("file, content, words", [  # None removes the file, a number cuts it
@@ -138,7 +135,7 @@ def test_a_fingerprint_is_of_the_text_alone(tmp_path):
     ("val_00001.bin", 32, "is damaged: val_00001.bin"), ("val_00001.bin", bytes(62), "is damaged: val_00001.bin"),
 ])  # fmt: skip
 def test_a_missing_or_damaged_file_is_refused(tmp_path, file, content, words):
-    write_dataset(tmp_path)
+    write_random(tmp_path)
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).unlink()
     if content is not None:
@@ -149,7 +146,7 @@ def test_a_missing_or_damaged_file_is_refused(tmp_path, file, content, words):
 
 @pytest.mark.parametrize("train, val, refused", [((100,), (10, 16), "val"), ((16, 10), (100,), "train")])
 def test_each_split_needs_a_window_of_the_longest_length(tmp_path, train, val, refused):
-    write_dataset(tmp_path, train, val)
+    write_random(tmp_path, train, val)
     with pytest.raises(UserError, match=f"no {refused} shard holds a window of 17 tokens"):
         open_dataset(str(tmp_path), 16)
     open_dataset(str(tmp_path), 15)

@@ -13,7 +13,7 @@ from signal import SIGKILL, SIGTERM
 import numpy as np
 import pytest
 import torch
-from children import VOCAB_SIZE, folder, run_train, write_dataset
+from children import VOCAB_SIZE, folder, run_train, write_learnable
 from conftest import FEW, assert_same_run, read_log, weights_and_moments
 
 from checkpoint import load_checkpoint, save_checkpoint
@@ -110,7 +110,7 @@ def test_what_decides_no_number_may_change_and_the_same_shards_may_be_elsewhere(
 
 
 def test_another_run_is_refused_in_one_line_that_names_what_differs(halfway, tmp_path):
-    write_dataset(tmp_path / "other", seed=1)
+    write_learnable(tmp_path / "other", seed=1)
     before = files(halfway)
     others = {"seed": 7, "stages": FEW[:2], "n_layer": 2, "optimizer": "adamw", "learning_rate": 0.5, "eval_tokens": 7}
     said = {"data_dir": "other shards", "max_steps": "past max_steps=4"}
@@ -141,15 +141,11 @@ def test_checkpoints_that_a_full_disk_refuses_cost_nothing_but_the_steps_since_t
 
 
 @pytest.mark.parametrize("name, warnings", [("last.pt", 2), ("best.pt", 1)])  # last.pt was saved in between
-def test_the_status_is_2_only_if_the_last_save_was_refused(name, warnings, tmp_path, unbroken):
-    done = run_train(tmp_path / "early", fault=f"when_saving({name!r}, (8, 9, 10, 16), fill_disk)")
+def test_a_refused_save_before_the_last_one_is_only_a_warning(name, warnings, tmp_path, unbroken):
+    done = run_train(tmp_path, fault=f"when_saving({name!r}, (8, 9, 10, 16), fill_disk)")
     assert done.returncode == 0
     assert done.stderr.count(f"{name} cannot be written: No space left on device; the run continues") == warnings
-    assert_same(tmp_path / "early", unbroken)
-    done = run_train(tmp_path / "late", fault=f"when_saving({name!r}, (30,), fill_disk)")
-    assert done.returncode == 2 and f"the disk refused {name}" in done.stderr.splitlines()[-1]
-    assert run_train(tmp_path / "late").returncode == 0
-    assert_same(tmp_path / "late", unbroken)
+    assert_same(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("fault, status, saved", [
@@ -197,18 +193,17 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path):
     path, chance, weight = tmp_path / "best.pt", np.random.default_rng(0), torch.arange(300.0)
     save_checkpoint(path, {"config": {}, "step": 3, "model": {"weight": weight}})
     data = path.read_bytes()
+    contents = []
     for place in chance.integers(len(data), size=300):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << chance.integers(8)]) + data[place + 1 :])
+        contents.append(data[:place] + bytes([data[place] ^ 1 << chance.integers(8)]) + data[place + 1 :])
+    for content in contents + [data[:place] for place in chance.integers(len(data), size=100)]:
+        path.write_bytes(content)
         try:
             loaded = load_checkpoint(path)
         except UserError as error:
             assert str(path) in str(error)
         else:  # a bit of the archive's padding, names or dates, which carry nothing
-            assert loaded["step"] == 3 and torch.equal(loaded["model"]["weight"], weight)
-    for place in chance.integers(len(data), size=100):
-        path.write_bytes(data[:place])
-        with pytest.raises(UserError, match="best.pt"):
-            load_checkpoint(path)
+            assert loaded["step"] == 3 and torch.equal(loaded["model"]["weight"], weight) and len(content) == len(data)
 
 
 class Attack:

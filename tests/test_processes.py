@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from children import Child, folder, run_train
-from conftest import ROOT, assert_same_run, count_lines, read_log
+from conftest import ROOT, assert_same_run, read_log
 
+from bench.exactness import log_of
 from checkpoint import load_checkpoint
 
 # Batches that two or three processes do not divide, and one window for all of them
@@ -91,10 +92,10 @@ def test_restarts_that_may_hang_are_refused_and_help_is_no_error():
     assert first.returncode == second.returncode == 0
 
 
-def start_torchrun(own: list[str], config_file: Path, **keys: object) -> subprocess.Popen:
+def start_torchrun(own: list[str], **keys: object) -> subprocess.Popen:
     """Start train.py by torchrun, with torchrun's own arguments, the real vocabulary and other values of some keys."""
-    keys = KEYS | {"eval_tokens": 128, "resume": True} | keys
-    ours = ["train.py", str(config_file), *(f"--{key}={value}" for key, value in keys.items())]
+    keys = KEYS | {"eval_tokens": 128} | keys
+    ours = ["train.py", str(folder() / "config.py"), *(f"--{key}={value}" for key, value in keys.items())]
     command = [sys.executable, "-m", "torch.distributed.run", *own, *ours]
     # As many threads for any number of processes, and a store of its own for each start
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -102,18 +103,18 @@ def start_torchrun(own: list[str], config_file: Path, **keys: object) -> subproc
 
 
 @pytest.mark.slow
-def test_torchrun_passes_on_a_signal_and_prints_a_mistake_once(config_file, tmp_path):
+def test_torchrun_passes_on_a_signal_and_prints_a_mistake_once(tmp_path):
     two, out_dir = ["--standalone", "--nproc_per_node=2"], tmp_path / "run"
-    process = start_torchrun(two, config_file, n_head=5)
+    process = start_torchrun(two, n_head=5)
     assert process.communicate(timeout=100)[1].count("error: n_embd=32 is not an even multiple of n_head=5") == 1
-    process = start_torchrun(two, config_file, max_steps=999, out_dir=out_dir)
-    while count_lines(out_dir) < 20 and process.poll() is None:
+    process = start_torchrun(two, max_steps=999, out_dir=out_dir)
+    while len(log_of(out_dir)) < 20 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
     step = load_checkpoint(out_dir / "last.pt")["step"]
     assert f"stopped by SIGTERM after step {step}" in output and read_log(out_dir)[-1]["step"] == step
-    process = start_torchrun(two, config_file, max_steps=step + 3, out_dir=out_dir)
+    process = start_torchrun(two, max_steps=step + 3, out_dir=out_dir)
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 0 and f"resuming from step {step}" in output, errors
     steps = [record["step"] for record in read_log(out_dir) if record["event"] == "train"]
@@ -121,14 +122,14 @@ def test_torchrun_passes_on_a_signal_and_prints_a_mistake_once(config_file, tmp_
 
 
 @pytest.mark.slow
-def test_the_workers_of_one_machine_are_killed_and_the_run_continues(config_file, tmp_path):
+def test_the_workers_of_one_machine_are_killed_and_the_run_continues(tmp_path):
     """Two torchrun agents that meet on loopback stand for two machines."""
-    process = start_torchrun(["--standalone", "--nproc_per_node=2"], config_file, out_dir=tmp_path / "whole")
+    process = start_torchrun(["--standalone", "--nproc_per_node=2"], out_dir=tmp_path / "whole")
     assert process.wait(timeout=100) == 0
     own = ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d", "--rdzv_id=run"]
     own += [f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
-    agents = [start_torchrun(own, config_file, out_dir=tmp_path / "killed") for _ in range(2)]
-    while count_lines(tmp_path / "killed") < 9 and agents[1].poll() is None:
+    agents = [start_torchrun(own, out_dir=tmp_path / "killed") for _ in range(2)]
+    while len(log_of(tmp_path / "killed")) < 9 and agents[1].poll() is None:
         time.sleep(0.01)
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agents[1].pid)], capture_output=True, text=True)
     os.kill(int(listed.stdout.split()[0]), signal.SIGKILL)
