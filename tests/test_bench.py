@@ -1,4 +1,4 @@
-"""The arithmetic of bench/: counts against torch's own, and differences that were planted."""
+"""The arithmetic of bench/: counts against torch's own, fits against closed forms, differences that were planted."""
 
 import json
 import re
@@ -59,6 +59,11 @@ def test_a_breakdown_adds_up_to_the_step(sample_dir, monkeypatch):
     rows = [re.split("  +", line.strip()) for line in lines[2:-2]]
     total = float(re.search(r"profiled ([\d.]+) s", first)[1])
     assert sum(float(row[1].replace(",", "")) for row in rows) == pytest.approx(1000 * total, abs=2)
+
+
+def test_an_exponent_is_the_slope_of_a_power():
+    rounds = [[3 * n**k for k in (0.5, 1.0, 1.5)] for n in (1, 2, 4, 8)]
+    assert throughput.exponent([1, 2, 4, 8], rounds) == "1.00 (0.50-1.50)"
 
 
 def plant_run(out_dir, loss=1.0, weight=1.0, moment=1.0, bad_evals=0, missing=None):

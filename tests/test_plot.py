@@ -66,6 +66,11 @@ def folder(tmp_path, monkeypatch):
     plt.close("all")
 
 
+def test_smoothing():
+    inside = np.arange(7, 43)  # the mean of (i - r)^2 ... (i + r)^2 is i^2 + r (r + 1) / 3
+    assert plot.smooth(np.arange(50.0) ** 2, 7)[inside] == pytest.approx(inside**2 + 7 * 8 / 3)
+
+
 @pytest.mark.parametrize("x, first, second", [
     ("tokens", FIRST, SECOND), ("flops", FIRST * price(1, 64), SECOND * price(1, 128)), ("time", 1 / 60, 3 / 60),
     ("step", 1, 1),
