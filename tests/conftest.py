@@ -1,6 +1,7 @@
 """What the tests share: the real sample as a dataset, and a way to run the programs as a user does."""
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import io
@@ -10,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,11 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 
 @pytest.fixture(autouse=True)
-def eager() -> None:
+def eager() -> Iterator[None]:
     """Compile nothing unless the test itself asks `on_machine` for it: compiling takes a core 10 s and more."""
     torch.compiler.set_stance("force_eager")
+    yield
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # on_machine stops glibc from returning memory: it would add up over tests
 
 
 @pytest.fixture(scope="session")
