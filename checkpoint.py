@@ -8,6 +8,7 @@ gets its name once all of it is on the disk. Resuming truncates the log to that 
 """
 
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -84,8 +85,8 @@ def load_checkpoint(path: Path) -> dict:
                 raise Damaged(f"{path} is damaged: {damaged} in it does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle and torch each have their own
-        if one_line(error):  # no such file, a lack of memory, or the line above
-            raise
+        if one_line(error) and getattr(error, "errno", 0) != errno.EINVAL:  # which a seek by a damaged offset gives
+            raise  # no such file, a lack of memory, or the line above
         raise Damaged(f"{path} is damaged: {error or type(error).__name__}") from error
     expected = {"config", "step", "model", *(("progress", "log_length") if path.name != "best.pt" else ())}
     if not isinstance(state, dict) or not expected <= state.keys():
@@ -202,7 +203,7 @@ class Run:
             state |= {"config": dataclasses.asdict(self.config), "fingerprint": self.fingerprint}
             with self.attempt(name):
                 if "log.jsonl" in self.refused:
-                    raise OSError(5, "the log before it was refused")
+                    raise OSError(errno.EIO, "the log before it was refused")
                 save_checkpoint(self.out_dir / name, state | {"log_length": self.length})
 
     @contextmanager

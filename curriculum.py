@@ -35,12 +35,8 @@ class Stage(NamedTuple):
         return self.batch_size * self.seq_len
 
     @property
-    def examples(self) -> int:
-        return (self.end - self.start) * self.batch_size
-
-    @property
     def tokens(self) -> int:
-        return self.examples * self.seq_len
+        return (self.end - self.start) * self.tokens_per_step
 
 
 class Curriculum:
@@ -54,7 +50,8 @@ class Curriculum:
         starts = [row[0] for row in rows]
         if starts[:1] != [0] or starts != sorted(set(starts)):
             raise UserError(f"stages: the steps of its rows must ascend from 0, and are {starts}")
-        self.max_len, self.max_tokens = max(row[1] for row in rows), max(row[1] * row[2] for row in rows)  # of a step
+        self.max_len = max(row[1] for row in rows)
+        self.max_tokens = max(row[1] * row[2] for row in rows)  # of a step; scoring sees no more at once
         self.last_len = rows[-1][1]  # reached or not: the cross-stage curve is scored at it
         ends = [*starts[1:], max_steps]
         self.stages = [Stage(number, row[0], min(end, max_steps), *row[1:])
@@ -97,11 +94,14 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: i
     curriculum, last = Curriculum(config.stages, config.max_steps), config.stages[-1]
     model = GPTConfig(config.n_layer, config.n_head, config.n_embd)
 
+    def examples(stages: list[Stage]) -> int:
+        return sum(s.tokens // s.seq_len for s in stages)
+
     def row(name: str, stages: list[Stage], *shape: str, ppl: float | None = None) -> list[str]:
         trained, flops = sum(s.tokens for s in stages), sum(s.tokens * model.flops_per_token(s.seq_len) for s in stages)
         seconds = trained / speed if speed else flops / (0.15 * PEAK_FLOPS["NVIDIA GeForce RTX 4090"])
         return [name, f"{stages[0].start:,}-{stages[-1].end:,}", *(shape or [""] * 5),
-                f"{sum(s.examples for s in stages):,}", f"{trained / 1e6:,.1f}M", f"{trained / tokens:.3f}",
+                f"{examples(stages):,}", f"{trained:,}", f"{trained / tokens:.3f}",
                 f"{flops:.2e}", f"{ppl:,.0f}" if ppl else "-", f"{seconds / 3600:,.3g}"]  # fmt: skip
 
     rows = [row(str(s.number), [s], f"{s.seq_len:,}", f"{s.batch_size}", f"{config.learning_rate * s.lr_scale:.2g}",
@@ -117,10 +117,9 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: i
               "\nexamples", "\ntokens", "\nepochs", "\nFLOPs", "expected\nppl", "\nhours"]  # fmt: skip
     at = f"{speed:,} tokens/s" if speed else "15 % of an RTX 4090's peak"
     print(f"{config.max_steps:,} steps of a GPT with {model.n_params / 1e6:,.1f}M parameters on {corpus}:\n"
-          f"{articles:,} training articles, {tokens / 1e6:,.1f}M tokens. Hours at {at}.\n\n"
-          f"{format_table(header, rows)}\n\n"
-          f"The curriculum sees {sum(s.examples for s in curriculum.stages) / throughout[0].examples:.2f}x as many "
-          f"examples as windows of {last[1]:,} throughout.")  # fmt: skip
+          f"{articles:,} training articles, {tokens:,} tokens. Hours at {at}.\n\n{format_table(header, rows)}\n\n"
+          f"The curriculum sees {examples(curriculum.stages) / examples(throughout):.2f}x as many examples as windows "
+          f"of {last[1]:,} throughout.")  # fmt: skip
     for row in config.stages[len(curriculum.stages) :]:
         print(f"Never reached with max_steps={config.max_steps}: {row}")
 

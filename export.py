@@ -87,12 +87,11 @@ def model_card(name: str, model: GPT, state: dict, out_dir: Path, llama_cpp: boo
     with suppress(UserError):  # the dataset is no longer there
         if (dataset := open_dataset(data)).fingerprint == state["fingerprint"]:
             splits = dataset.meta["splits"].values()
-            train, val = (f"{split['articles']:,} articles ({split['tokens'] / 1e6:,.1f}M tokens)" for split in splits)
+            train, val = (f"{split['articles']:,} articles ({split['tokens']:,} tokens)" for split in splits)
             files = ", ".join(source["file"] for source in dataset.meta["source"])
             data = f"{train} to train on and {val} held out, from: {files}"
     values = {"name": name, "model": model, "curriculum": curriculum, "step": step, "data": data}
-    tokens = curriculum.tokens_before(step)
-    values |= {"n_params": f"{model.config.n_params / 1e6:,.1f}M", "tokens": f"{tokens / 1e6:,.1f}M"}
+    values |= {"n_params": f"{model.config.n_params / 1e6:,.1f}M", "tokens": f"{curriculum.tokens_before(step):,}"}
     values["bos"] = " in llama.cpp, but not in transformers" if llama_cpp else ""
     values["stages"] = format_table(["from step", "length", "batch", "learning rate"], rows)
     return CARD.read_text(encoding="utf-8").format(**values, evaluations=eval_table(evaluations), vocab_size=VOCAB_SIZE)

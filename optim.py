@@ -13,10 +13,9 @@ from settings import Config
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """Return fused AdamW for everything, or for the rest beside Muon. The training loop sets every group's lr."""
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
-    norms = [weight for weight in model.parameters() if weight.ndim == 1]
     use_muon = config.optimizer == "muon"
     decayed = [model.embed.weight] if use_muon else [model.embed.weight, *matrices]
-    groups = [{"params": decayed}, {"params": norms, "weight_decay": 0.0}]
+    groups = [{"params": decayed}, {"params": [w for w in model.parameters() if w.ndim == 1], "weight_decay": 0.0}]
     # 0.99, not 0.95: with so few tokens a step the second moment needs a longer memory (Marek et al. 2025).
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     return [adamw, Muon(matrices, config.weight_decay, model.dtype)] if use_muon else [adamw]

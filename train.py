@@ -84,8 +84,7 @@ def train(config: Config, team: Team) -> int:
     curriculum = Curriculum(config.stages, config.max_steps)
     if config.micro_batch_tokens < curriculum.max_len:
         raise UserError(f"micro_batch_tokens={config.micro_batch_tokens} is less than a window of {curriculum.max_len}")
-    fewer = min(config.micro_batch_tokens, curriculum.max_tokens)  # so that scoring takes no more memory than training
-    config = dataclasses.replace(config, micro_batch_tokens=fewer)
+    config = dataclasses.replace(config, micro_batch_tokens=min(config.micro_batch_tokens, curriculum.max_tokens))
     data = open_dataset(config.data_dir, curriculum.max_len)
     run = Run(config, data.fingerprint, team)
     model, optimizers, scaler, progress = set_up(config, curriculum, run)

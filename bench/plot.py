@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import load_checkpoint, read_log  # noqa: E402
-from curriculum import format_table, short  # noqa: E402
+from curriculum import format_table  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from settings import UserError, user_errors  # noqa: E402
 
@@ -211,7 +211,7 @@ def set_axes(panels: list, end: float, xlabel: str) -> None:
         panel.grid(color="#c4c4c4", lw=0.8)
 
 
-FORMS = {"tokens": short, "flops": "{:.2e}".format, "seconds": "{:,.1f}".format}
+FORMS = {"tokens": "{:,.0f}".format, "flops": "{:.2e}".format, "seconds": "{:,.1f}".format}
 
 
 def differing_keys(configs: list[dict]) -> list[list[str]]:

@@ -126,14 +126,15 @@ def test_a_pipeline_continues_as_sample_does(run_dir, hf_dir):
     assert generator.model.generation_config.temperature == 0.8 and generator.model.generation_config.do_sample
 
 
-def test_the_card_tells_of_curriculum_data_validation_and_licence(hf_dir, run_dir):
+def test_the_card_tells_of_curriculum_data_validation_and_licence(hf_dir, run_dir, small_dir):
     card = (hf_dir / "README.md").read_text()
     last = [record for record in read_log(run_dir) if record["event"] == "eval"][-1]
     lines = [" ".join(line.split()) for line in card.splitlines()]
     assert ["0 64 4 0.01", "8 256 1 0.005", "11 512 1 0.0025"] == [line for line in lines if line[:1].isdigit()][:3]
     assert any(line.startswith(f"12 3 512 {last['val_loss']:.3f} {last['val_ppl']:,.1f} ") for line in lines)
-    assert "(4.2k tokens) held out, from: articles.jsonl" in card and "CC BY-SA" in card
-    assert "on 3.3k tokens, 12 steps" in card  # 8 * 256 + 3 * 256 + 512
+    held_out = json.loads((small_dir / "meta.json").read_text())["splits"]["val"]["tokens"]
+    assert f"({held_out:,} tokens) held out, from: articles.jsonl" in card and "CC BY-SA" in card
+    assert "on 3,328 tokens, 12 steps" in card  # 8 * 256 + 3 * 256 + 512
 
 
 def test_what_goes_wrong_is_one_line(run_dir, tmp_path, monkeypatch):

@@ -194,7 +194,7 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path):
     save_checkpoint(path, {"config": {}, "step": 3, "model": {"weight": weight}})
     data = path.read_bytes()
     contents = []
-    for place in chance.integers(len(data), size=300):
+    for place in [*chance.integers(len(data), size=300), *range(len(data) - 99, len(data))]:  # the archive's ends, too
         contents.append(data[:place] + bytes([data[place] ^ 1 << chance.integers(8)]) + data[place + 1 :])
     for content in contents + [data[:place] for place in chance.integers(len(data), size=100)]:
         path.write_bytes(content)
