@@ -119,12 +119,9 @@ def tick(value: float, _: int) -> str:
 def draw(runs: list[Run], x: str, to: Path) -> None:
     """Write the picture. Raises UserError without matplotlib, and if the file cannot be written."""
     try:
-        import matplotlib
+        from matplotlib import pyplot as plt
     except ImportError as error:
         raise UserError("a picture needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     if x == "time":
         x = "hours" if max(run.both("time_s").max() for run in runs) > 7200 else "minutes"
     first, several = runs[0], len(runs) > 1
@@ -233,10 +230,9 @@ def compare(runs: list[Run]) -> None:
     names, configs = [str(run.out_dir) for run in runs], [run.config for run in runs]
     differing = differing_keys(configs)
     print("\n" + format_table(["", *names], differing) if differing else "\nThe configurations are the same.")
-    lengths = {config["stages"][-1][1] for config in configs}
+    rows, lengths = [], {config["stages"][-1][1] for config in configs}
     if len(lengths) > 1:
         raise UserError(f"the losses do not compare: the tables end at different lengths, {sorted(lengths)}")
-    rows = []
     for x, form in FORMS.items():
         evaluated = [x_at(run, run.evals["step"], x) for run in runs]
         for name, at in zip(names, evaluated):

@@ -1,7 +1,7 @@
 """Measure prepare_wiki.py from JSON lines, Parquet and a dump: seconds, tokens/s and memory.
 
-    python bench/prepare.py [--copies 4 40] [--forms jsonl parquet dump] [--rounds 3] [--workers 4] [--dir FOLDER]
-    python bench/prepare.py --copies 2000 --forms jsonl parquet --rounds 1      the plan's size; takes 9 GB of disk
+    python bench/prepare.py [--copies 4 40] [--forms jsonl parquet dump] [--rounds 3] [--workers 4]
+    python bench/prepare.py --copies 2000 --forms jsonl parquet --rounds 1      the plan's size; takes 9 GB in TMPDIR
 
 The input is copies of the sample's long articles, each under a title of its own. Every round prints a row. The last
 column is the share of the speed of the tokenizer alone: encode_ordinary_batch with as many threads as there are
@@ -96,12 +96,11 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--dir", help="where to make a temporary folder for inputs and datasets (the system's)")
     args = parser.parse_args()
     articles, encoding, rows = long_articles(), gpt2_encoding(), []
     texts = [row["text"] for row in articles] * 4
     for form, copies in itertools.product(args.forms, args.copies):
-        with tempfile.TemporaryDirectory(dir=args.dir) as name:
+        with tempfile.TemporaryDirectory() as name:
             source = Path(name).resolve() / FORMS[form]
             write_input(source, articles, copies)
             for number in range(args.rounds):

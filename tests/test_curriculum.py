@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import call_program
 
-from config import curriculum9, demo, fixed2048
+from config import curriculum9
 from curriculum import Curriculum, expected_ppl, learning_rate
 from settings import Config, UserError
 
@@ -118,20 +118,6 @@ def test_learning_rate(warmup, cooldown, step, expected):
 def test_a_table_that_makes_no_sense_is_refused_by_its_row(rows, said):
     with pytest.raises(UserError, match=said):
         Curriculum(rows, 10)
-
-
-def test_the_demo_scales_steps_and_batches_and_nothing_else():
-    for old, new in zip(curriculum9.stages, demo.stages, strict=True):
-        assert new == (pytest.approx(old[0] / 235, abs=0.5), old[1], pytest.approx(old[2] / 8, abs=0.5), old[3])
-    assert demo.stages[-1][2] == 1 and demo.max_steps == round(100_000 / 235)
-
-
-def test_fixed2048_has_the_same_learning_rate_after_the_same_tokens():
-    fixed = Curriculum(fixed2048.stages, fixed2048.max_steps)
-    assert {row[1:3] for row in fixed2048.stages} == {(2_048, 8)}
-    assert fixed2048.max_steps == 99_281  # of 16,384 tokens; 1,626,624,000 tokens make 99,281.25
-    for step, row in ((0, 0), (2_001, 1), (3_999, 1), (7_000, 2), (13_000, 4), (34_990, 6), (50_010, 8), (99_990, 8)):
-        assert fixed.at(NINE.tokens_before(step) // 16_384).lr_scale == curriculum9.stages[row][3]
 
 
 def test_expected_ppl_is_linear_in_the_logarithms_and_meets_the_plans_bounds():

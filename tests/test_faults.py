@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from children import VOCAB_SIZE, folder, run_train, write_learnable
-from conftest import FEW, assert_same_run, read_log, weights_and_moments
+from conftest import FEW, assert_same_run, read_log
 
 from checkpoint import load_checkpoint, save_checkpoint
 from settings import UserError
@@ -40,12 +40,6 @@ def halfway(started, tmp_path):
     return shutil.copytree(started, tmp_path / "run")
 
 
-def assert_same(out_dir, unbroken) -> None:
-    assert_same_run(out_dir, unbroken)
-    ours, theirs = weights_and_moments(out_dir / "best.pt"), weights_and_moments(unbroken / "best.pt")
-    assert all(map(torch.equal, ours, theirs)) and not [*out_dir.glob("*.tmp")]
-
-
 def files(out_dir) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out_dir.iterdir()}
 
@@ -59,7 +53,7 @@ def test_a_run_killed_at_any_moment_ends_bit_for_bit_like_one_that_was_not(optim
     while statuses[-1] == -SIGKILL:
         statuses.append(run_train(tmp_path / "run", f"die_at({chance.randint(*moments)})", **how).returncode)
     assert statuses[-1] == 0 and len(statuses) > (3 if compile else 12)
-    assert_same(tmp_path / "run", tmp_path / "unbroken")
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
 
 
 @pytest.mark.parametrize("name, best", [("best.pt", 10), ("last.pt", 16)])
@@ -70,7 +64,7 @@ def test_a_run_killed_between_an_evaluation_and_its_checkpoint_makes_both_again(
     assert (last["event"], last["step"]) == ("eval", 16) and load_checkpoint(out_dir / "last.pt")["step"] == 15
     assert load_checkpoint(out_dir / "best.pt")["step"] == best
     assert run_train(out_dir).returncode == 0
-    assert_same(out_dir, unbroken)
+    assert_same_run(out_dir, unbroken)
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -82,21 +76,21 @@ def test_a_stop_signal_lets_the_step_or_evaluation_end_and_saves(number, place, 
     assert f"stopped by {number} after step {step}" in done.stdout and done.stderr == ""
     assert load_checkpoint(tmp_path / "last.pt")["step"] == read_log(tmp_path)[-1]["step"] == step
     assert run_train(tmp_path).returncode == 0
-    assert_same(tmp_path, unbroken)
+    assert_same_run(tmp_path, unbroken)
 
 
 def test_nohup_keeps_a_run_from_sighup_and_a_second_signal_kills_it(halfway, unbroken):
     twice = "signal_in_step(20, SIGTERM); signal_in_step(20, SIGTERM)"
     assert run_train(halfway, fault=twice).returncode == -SIGTERM
     assert run_train(halfway, fault="signal(SIGHUP, SIG_IGN); signal_in_step(25, SIGHUP)").returncode == 0
-    assert_same(halfway, unbroken)
+    assert_same_run(halfway, unbroken)
 
 
 def test_a_run_made_longer_is_as_if_long_from_the_start_and_a_finished_one_stays(unbroken, tmp_path):
     for max_steps in (10, 20, 30, 30):
         assert run_train(tmp_path, max_steps=max_steps).returncode == 0
         assert read_log(tmp_path)[-1]["event"] == "final"
-    assert_same(tmp_path, unbroken)
+    assert_same_run(tmp_path, unbroken)
 
 
 def test_what_decides_no_number_may_change_and_the_same_shards_may_be_elsewhere(halfway, tmp_path):
@@ -137,7 +131,7 @@ def test_checkpoints_that_a_full_disk_refuses_cost_nothing_but_the_steps_since_t
     assert read_log(halfway)[-1]["event"] == "final"  # the run continued
     assert (halfway / "last.pt").read_bytes() == before and not [*halfway.glob("*.tmp")]
     assert run_train(halfway).returncode == 0
-    assert_same(halfway, unbroken)
+    assert_same_run(halfway, unbroken)
 
 
 @pytest.mark.parametrize("name, warnings", [("last.pt", 2), ("best.pt", 1)])  # last.pt was saved in between
@@ -145,7 +139,7 @@ def test_a_refused_save_before_the_last_one_is_only_a_warning(name, warnings, tm
     done = run_train(tmp_path, fault=f"when_saving({name!r}, (8, 9, 10, 16), fill_disk)")
     assert done.returncode == 0
     assert done.stderr.count(f"{name} cannot be written: No space left on device; the run continues") == warnings
-    assert_same(tmp_path, unbroken)
+    assert_same_run(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("fault, status, saved", [
@@ -156,7 +150,7 @@ def test_a_log_that_a_full_disk_refuses_has_no_gap_and_no_repeat_afterwards(faul
     assert done.returncode == status and done.stderr.count("log.jsonl cannot be written: No space left on device") == 1
     assert load_checkpoint(tmp_path / "last.pt")["step"] == saved  # none counts on records that are not there
     assert status == 0 or run_train(tmp_path).returncode == 0
-    assert_same(tmp_path, unbroken)
+    assert_same_run(tmp_path, unbroken)
 
 
 def flipped(data: bytes) -> bytes:
@@ -172,7 +166,7 @@ def test_prev_takes_the_place_of_a_last_checkpoint_that_is_damaged_or_missing(da
     kept = [load_checkpoint(halfway / name)["step"] for name in ("prev.pt", "last.pt")]
     assert kept == [10, 12]  # the damaged one did not become prev.pt
     assert run_train(halfway).returncode == 0
-    assert_same(halfway, unbroken)
+    assert_same_run(halfway, unbroken)
 
 
 def test_damaged_both_and_checkpoints_of_another_version_end_with_status_2(halfway):

@@ -142,19 +142,6 @@ def test_the_keys_that_differ_and_no_others(tmp_path):
     assert len(losses(same)) == 12 and all(row[2] == 0 for row in losses(same))
 
 
-def test_runs_are_drawn_over_each_other(tmp_path):
-    """The third run's blue is in the picture of three runs and not in that of two."""
-    for worse, name in enumerate("abc"):
-        make_run(tmp_path / name, lambda tokens, worse=worse: falling(tokens) + worse / 2)
-    pictures = {"a": "a/loss.png", "a b": "loss.png", "a b --to=c/two.png": "c/two.png", "a b c": "loss.png"}
-    for args, picture in pictures.items():
-        done = run(*args.split())
-        assert (done.returncode, done.stderr, done.stdout.splitlines()[0]) == (0, "", picture)
-        pixels = (plt.imread(picture)[:, :, :3] * 255).round()
-        blue = (pixels == (0, 0x72, 0xB2)).all(-1).sum()
-        assert blue > 1000 if args == "a b c" else blue == 0
-
-
 @pytest.mark.parametrize("args, words", [
     ("none", "none/log.jsonl"), ("new", "no 'train' record yet"), ("bare --x=flops", "no last.pt or best.pt"),
     ("a --to=a.docx", "docx"), ("a --to=none/a.png", "cannot write"),

@@ -252,18 +252,13 @@ def sound(tmp_path_factory) -> Path:
     return folder / "out"
 
 
-@pytest.mark.parametrize(
-    "file, change, message",  # the change is to the file's content; None: the file is lost
-    [
-        ("train_00000.bin", flip, "train_00000.bin"),
-        ("val_00000.bin", lambda content: content[:-2], "val_00000.bin"),
-        ("train_00001.bin", None, "train_00001.bin"),
-        ("token_bytes.npy", flip, "token_bytes.npy"),
-        ("meta.json", lambda content: content.replace(b'"sha256"', b'"sha"', 1), "is damaged"),
-        ("meta.json", lambda content: content.replace(b'"bytes": ', b'"bytes": 1'), "its splits have"),
-        ("val_00000.bin", lambda content: b"\x50\xc4" * 2 + content[4:], "its splits have"),  # 0xc450: <|endoftext|>
-    ],
-)
+@pytest.mark.parametrize("file, change, message", [  # the change is to the file's content; None: the file is lost
+    ("train_00000.bin", flip, "train_00000.bin"), ("train_00001.bin", None, "train_00001.bin"),
+    ("val_00000.bin", lambda content: content[:-2], "val_00000.bin"), ("token_bytes.npy", flip, "token_bytes.npy"),
+    ("meta.json", lambda content: content.replace(b'"sha256"', b'"sha"', 1), "is damaged"),
+    ("meta.json", lambda content: content.replace(b'"bytes": ', b'"bytes": 1'), "its splits have"),
+    ("val_00000.bin", lambda content: b"\x50\xc4" * 2 + content[4:], "its splits have"),  # 0xc450: <|endoftext|>
+])  # fmt: skip
 def test_verify_finds(sound, tmp_path, file, change, message):
     out = shutil.copytree(sound, tmp_path / "out")
     before = (out / file).read_bytes()

@@ -36,7 +36,6 @@ def test_the_last_of_default_file_and_arguments_wins(write):
     config = load_config([path, "--seed=6", "--n_layer=3", "--seed=7"])
     changed = {"seed": 7, "max_steps": 80, "learning_rate": 0.5, "n_layer": 3}
     assert dataclasses.asdict(config) == dataclasses.asdict(Config()) | changed
-    assert load_config([write("")]) == Config()  # nothing is remembered from one load to the next
 
 
 @pytest.mark.parametrize("argument, value", [
@@ -141,7 +140,6 @@ MISTAKES = {
     "--seed": "--seed=: not a whole number",
     "seed=3": "one config file and --key=value arguments, not small.py seed=3",
     "--weight_decay=-1": "weight_decay=-1",
-    f"--seed={10**20}": "seed=100",
     "--optimizer=sgd": "optimizer='sgd' is none of adamw, muon",
     "--n_head=32": "n_head=32",  # a head of one dimension cannot be turned
     "--micro_batch_tokens=32": "micro_batch_tokens=32 is less than a window of 64",
