@@ -29,8 +29,8 @@ from subprocess import PIPE, Popen
 
 from settings import UserError
 
-PIECE_BYTES = 1 << 22  # of text in a piece (chosen): long to tokenize beside handing it over, small in memory
-MAX_LINE = 1 << 28  # bytes (chosen); a file with a longer line is not JSON lines, and must not fill the memory
+PIECE_BYTES = 1 << 22  # of text in a piece (a guess): handing over takes little of its time, and it takes little memory
+MAX_LINE = 1 << 28  # bytes (a guess); a file with a longer line is not JSON lines, and must not fill the memory
 
 Record = tuple[str, str] | str
 Piece = Callable[[], Iterator[tuple[str, Record]]]

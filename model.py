@@ -1,4 +1,4 @@
-"""The GPT: its layers, its loss, its first weights, and what is chosen for the machine.
+"""The GPT: its layers, its loss, its first weights, and the choices for a machine.
 
     tokens (B, T) -> embedding (B, T, C) -> n_layer x [ x += attention(norm(x)); x += mlp(norm(x)) ] -> norm
                   -> logits (B, T, V), by the embedding's own weights

@@ -46,7 +46,7 @@ from settings import UserError, user_errors
 # A row for each article: the place of its tokens (piece, first token, how many), its UTF-8 bytes, and hashes of its
 # title and text, of its title, and of the title and the seed. <|endoftext|> counts as a token but not as bytes.
 ARTICLE = np.dtype([(name, np.uint64) for name in ("piece", "start", "tokens", "bytes", "digest", "title", "rank")])
-MAX_RUN = 500_000  # characters (chosen): tiktoken fails on a gap of a million, and takes 50 bytes for each of a word
+MAX_RUN = 500_000  # characters (a guess): tiktoken fails on a gap of a million, and takes 50 bytes for each of a word
 NO_TEXT = "without text"  # wikiextractor drops lists: nothing is left of "List of anthropologists"
 
 
@@ -193,7 +193,7 @@ def prepare(files: list[Path], work: Path, source: list[dict], options: dict, ma
 
 
 def claim(out: Path) -> Path:
-    """Make the folder inside OUT for what is unfinished, and keep other runs out of it until this process ends."""
+    """Make the folder of unfinished files inside OUT, and keep other runs out of it until this process ends."""
     work = out / "prepare_wiki.unfinished"
     work.mkdir(parents=True, exist_ok=True)
     lock = os.open(work / "lock", os.O_CREAT | os.O_RDWR)  # never closed: that would unlock it

@@ -112,7 +112,7 @@ def user_errors(memory_advice: str = "this machine has too little") -> Iterator[
 
 
 def load_config(argv: list[str]) -> Config:
-    """Return the Config of `CONFIG.py --key=value ...`. Raises UserError for whatever is wrong with it."""
+    """Return the Config of `CONFIG.py --key=value ...`. Raises UserError for any mistake in it."""
     paths = [argument for argument in argv if not argument.startswith("-")]
     given = read_arguments([argument for argument in argv if argument not in paths])
     if len(paths) != 1:

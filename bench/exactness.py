@@ -6,7 +6,7 @@ kills       four small runs, with both optimizers, eager and compiled. Each is s
             two thirds by SIGKILL and the others by SIGTERM, and resumed. Final weights, optimizers, Progress and log
             records must equal those of an unbroken run, bit for bit, except for times
 processes   1, 2 and 3 processes in float32: the gradients of one step in each shape of the table, and the losses of 30
-            steps with both optimizers. The last shape has fewer windows than processes. Takes some 6 GB
+            steps with both optimizers. The last shape has fewer windows than processes. Takes about 6 GB
 """
 
 import itertools
@@ -191,7 +191,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "RANK" in os.environ:  # one of torchrun's processes, with the arguments of `processes`
-        with join_team("three processes take some 6 GB") as team:
+        with join_team("three processes take about 6 GB") as team:
             grads = gradients(sys.argv[1], team)
             if team.rank == 0:
                 torch.save(grads, sys.argv[2])

@@ -59,10 +59,10 @@ VARIANTS = {
     "table": {"rows": TABLE, "fall": 0.2},  # as it is: its factors and curriculum9's cooldown
     "reversed": {"rows": LENGTHS[::-1]},
 }
-# Early stopping would end a run before its budget. Of the evaluations' windows of 2,048, 16 make the curve: chosen.
+# Early stopping would end a run before its budget. Of the evaluations' windows of 2,048, 16 make the curve (a guess).
 SHARED = {"learning_rate": 4e-3, "n_layer": 4, "n_head": 4, "n_embd": 256, "micro_batch_tokens": 8_192, "resume": True,
           "eval_tokens": 4 * 16 * LAST_LEN, "patience": 1_000_000}  # fmt: skip
-POINTS = 10  # evaluations of a run, besides the first and those that end a stage: chosen
+POINTS = 10  # evaluations of a run, besides the first and those that end a stage (a guess)
 WINDOWS, CUTS = 512, (64, 256, 1024)  # scored at the end
 
 

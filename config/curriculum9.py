@@ -23,7 +23,7 @@ stages = (
 )
 max_steps = 100_000
 
-# Published best rates of Muon at 124M to 130M, in batches 32 times ours, are 1.8e-3 to 3.6e-3 (modded-nanogpt's records
+# Published best rates of Muon at 124M to 130M, in batches 32 times as large, are 1.8e-3 to 3.6e-3 (modded-nanogpt's records
 # of October 2024; Wen et al. 2025). Smaller batches want smaller ones: by the square root that makes 0.3e-3 to 0.6e-3,
 # by the power 0.3, as AdamW's best rates fall (Marek et al. 2025), 0.6e-3 to 1.3e-3. The table's factors average 0.9.
 # Our own small models make it 0.45e-3 to 0.7e-3, from much further away (bench/log.md). Initialisation and rotary
@@ -33,7 +33,7 @@ learning_rate = 6e-4
 # not with 1,000 (Wen et al. 2025).
 warmup_steps = 1_000
 weight_decay = 0.1  # with Muon at 130M better than 0 by 0.06 nats and than 0.2 by 0.01 (Wen et al. 2025)
-# A steady rate with a cooldown does as well as cosine (Haegele et al. 2024). A fifth of the steps is chosen: on small
+# A steady rate with a cooldown does as well as cosine (Haegele et al. 2024). A fifth of the steps is a guess: on small
 # models it gained 0.016 and 0.03 nats and a half lost 0.02, one seed each, which is what seeds differ by
 # (bench/log.md).
 cooldown_steps = 20_000

@@ -15,9 +15,8 @@ max_steps = 426
 n_layer = 4
 n_head = 3
 n_embd = 192
-micro_batch_tokens = 8_192
 
-learning_rate = 6e-3  # chosen; 3e-3 to 8e-3 end much alike
+learning_rate = 6e-3  # a guess; 3e-3 to 8e-3 end much alike
 cooldown_steps = 85
 warmup_steps = 64  # in so short a run the first factors are for the warmup to hold down
 eval_interval = 142

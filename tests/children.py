@@ -110,7 +110,7 @@ def run_train(out_dir: Path, fault: str = "", **keys: object) -> subprocess.Comp
 
 
 def before(module: object, name: str, action) -> None:
-    """Call action with the arguments of module.name before each call of it."""
+    """Call action with the arguments of module.name before each of its calls."""
     function = getattr(module, name)
     setattr(module, name, lambda *args, **kwargs: (action(*args), function(*args, **kwargs))[1])
 

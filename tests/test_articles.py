@@ -114,7 +114,7 @@ def numbers(folder: Path) -> bytes:
 
 
 NOTHING = "without a title and a text"
-WRONG = {  # the file's name, its content or what makes it in a folder, what the message says besides, and arguments
+WRONG = {  # the file's name, its content or what makes it in a folder, what else the message says, and arguments
     "bz2 cut off": ("a.jsonl.bz2", cut(bz2.compress(LINES)), "cannot read"),
     "bz2 flipped": ("a.jsonl.bz2", flip(bz2.compress(LINES)), "cannot read"),
     "not Parquet": ("a.parquet", GOOD, "cannot read"),

@@ -1,4 +1,4 @@
-"""What is said of a model: transformers and numpy repeat it from the shards alone, all in float32."""
+"""The scores of a model: transformers and numpy repeat it from the shards alone, all in float32."""
 
 import dataclasses
 import math

@@ -1,6 +1,6 @@
 """Kills, full disks, damaged files, too little memory: a run continues as if nothing had been, or says why not.
 
-Everything is compared with `unbroken`, the same run left alone: every tensor to the bit, every record but for times.
+Everything is compared with `unbroken`, the same run left alone: every tensor to the bit, every record except times.
 """
 
 import fcntl

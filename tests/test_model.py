@@ -151,7 +151,7 @@ def test_a_model_starts_as_documented_and_knows_nothing():
         matrices.append(x[: 256 * 256])
     correlations = torch.corrcoef(torch.stack(matrices))  # no two matrices are alike
     assert len(matrices) == 30 and (correlations - torch.eye(30)).abs().max() < 6 / 256
-    # Logits have variance C * 0.02^2, whatever the target: log V + variance / 2 is expected
+    # Logits have variance C * 0.02^2, for every target: log V + variance / 2 is expected
     loss = model.loss(random_tokens(model.config, 4, 65)).item() / (4 * 64)
     error = 0.02 * math.sqrt(256) / math.sqrt(4 * 64)
     assert loss == pytest.approx(math.log(9_000) + 256 * 0.02**2 / 2, abs=4 * error)
