@@ -11,7 +11,7 @@ from settings import Config
 
 
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
-    """Return fused AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest. train_step sets lr."""
+    """Return fused AdamW for all weights, or for all but the matrices that Muon takes. train_step sets their lr."""
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
     use_muon = config.optimizer == "muon"
     decayed = [model.embed.weight] if use_muon else [model.embed.weight, *matrices]

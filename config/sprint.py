@@ -18,6 +18,6 @@ stages = (
     (48_000, 2_048, 8, 1.0),
 )
 max_steps = 65_000
-learning_rate = 1e-3  # a guess: published rates make it 0.3e-3 to 1.3e-3 (curriculum9.py), small models 0.5e-3 to 0.8e-3
+learning_rate = 1e-3  # a guess between published rates, 0.3e-3 to 1.3e-3, and small models', 0.5e-3 to 0.8e-3
 warmup_steps = 500
 cooldown_steps = 30_000
