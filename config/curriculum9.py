@@ -24,10 +24,9 @@ stages = (
 max_steps = 100_000
 
 # Published best rates of Muon at 124M to 130M, in batches 32 times as large, are 1.8e-3 to 3.6e-3 (modded-nanogpt's
-# records of October 2024; Wen et al. 2025). Smaller batches want smaller ones: by the square root that makes 0.3e-3 to 0.6e-3,
-# by the power 0.3, as AdamW's best rates fall (Marek et al. 2025), 0.6e-3 to 1.3e-3. The table's factors average 0.9.
-# Our own small models make it 0.45e-3 to 0.7e-3, from much further away (bench/log.md). Initialisation and rotary
-# base are model.py's, with their sources there.
+# records of October 2024; Wen et al. 2025). Smaller batches want smaller rates: by the square root 0.3e-3 to 0.6e-3, by
+# the power 0.3, as AdamW's best rates fall (Marek et al. 2025), 0.6e-3 to 1.3e-3. The table's factors average 0.9.
+# Small models here make it 0.45e-3 to 0.7e-3, from much further away (bench/log.md).
 learning_rate = 6e-4
 # The table's first rate, 6.8e-3, is above all of these. At 130M AdamW diverged at 8e-3 with 500 steps of warmup and did
 # not with 1,000 (Wen et al. 2025).
