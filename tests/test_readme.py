@@ -75,8 +75,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     articles = [{"title": f"From {i}", "text": README[i : i + 1000]} for i in range(0, len(README), 1000)]
     Path("articles.jsonl").write_text("".join(json.dumps(article) + "\n" for article in articles))
     Path("texts").mkdir()
-    for number in range(9):
-        Path(f"texts/{number}.txt").write_text(DOCS[number * 1000 :])
+    for number in range(60):
+        Path(f"texts/{number}.txt").write_text(DOCS[number * 50 :][:2000])
     for name in ("sample", "wiki"):
         made = run(f"python {ROOT}/prepare_wiki.py articles.jsonl --val_fraction 0.5 --out data/{name} | cat")
         assert Path(f"data/{name}/meta.json").exists(), made.stderr
