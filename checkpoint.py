@@ -1,10 +1,10 @@
-"""What a run leaves in out_dir, and how it finds it again.
+"""A run's files in out_dir: how it writes them, and how it resumes from them.
 
-    last.pt    everything needed to continue exactly     best.pt      the model at the best validation of its length
-    prev.pt    the last.pt before it                     log.jsonl    one record per logged step and evaluation
+    last.pt    everything needed to continue exactly     best.pt      the model with the best loss at its length
+    prev.pt    the previous last.pt                      log.jsonl    one record per logged step and evaluation
 
-A kill at any moment is harmless. The log is on the disk before a checkpoint that holds its length, and a checkpoint
-gets its name once all of it is on the disk. Resuming truncates the log to that length.
+A kill at any moment is harmless. The log reaches the disk before the checkpoint that stores its length. A checkpoint
+gets its name once all of it is on the disk. Resuming truncates the log to the stored length.
 """
 
 import dataclasses
@@ -26,26 +26,26 @@ from model import GPT, GPTConfig
 from parallel import Team
 from settings import Config, UserError, one_line
 
-# Keys that may differ between a checkpoint and the run that resumes it. Any other would make it another run.
+# Keys that may change when a run resumes. Changing any other would make it another run.
 MAY_CHANGE = ("data_dir out_dir resume max_steps cooldown_steps plan_ppl phases micro_batch_tokens device dtype "
               "compile eval_interval patience checkpoint_interval log_interval").split()
 
 
 @dataclasses.dataclass
 class Progress:
-    """All the state of a run besides its weights and optimizers."""
+    """The state of a run besides its weights, optimizers and scaler."""
 
     step: int = 0  # steps done
-    seconds: float = 0.0  # spent in steps; evaluations and checkpoints left out
+    seconds: float = 0.0  # spent in training steps, not in evaluations and checkpoints
     evaluated: int = -1  # the step of the last evaluation
     best_len: int = 0  # the length of the last evaluation
     best_loss: float = math.inf  # the lowest validation loss at that length
     bad_evals: int = 0  # evaluations at that length since the lowest
 
     def record(self, seq_len: int, val_loss: float) -> bool:
-        """Note an evaluation after the current step; return whether it is the best of its length."""
+        """Note an evaluation after the current step; return whether its loss is the best at its length."""
         self.evaluated = self.step
-        if seq_len != self.best_len:  # losses at different lengths do not compare
+        if seq_len != self.best_len:  # losses at different lengths are not comparable
             self.best_len, self.best_loss, self.bad_evals = seq_len, math.inf, 0
         is_best = val_loss < self.best_loss
         self.best_loss, self.bad_evals = (val_loss, 0) if is_best else (self.best_loss, self.bad_evals + 1)
@@ -57,8 +57,8 @@ class Damaged(UserError):
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write state to disk, then give it its name; last.pt becomes prev.pt. An OSError leaves a whole checkpoint."""
-    temporary = path.with_name("checkpoint.tmp")  # one name: what a kill left is overwritten, and takes no room
+    """Write state to a temporary file and rename it; last.pt becomes prev.pt. An OSError leaves a whole checkpoint."""
+    temporary = path.with_name("checkpoint.tmp")  # always this name: a save overwrites what a kill left
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -68,25 +68,25 @@ def save_checkpoint(path: Path, state: dict) -> None:
             path.replace(path.with_name("prev.pt"))
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # a renamed file is on the disk only when its folder is
+        os.fsync(folder)  # a rename is on the disk only when its folder is
         os.close(folder)
-    except RuntimeError as error:  # after a failed write torch's archive fails to close, which hides the disk's error
+    except RuntimeError as error:  # after a failed write, closing torch's archive fails and hides the disk's error
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # half a file takes room from the next
+            temporary.unlink(missing_ok=True)  # half a file would take room from the next save
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Return what save_checkpoint wrote, on the CPU. Raises Damaged, or UserError if it is missing or another kind."""
+    """Load a checkpoint onto the CPU. Raises Damaged, UserError for another kind of file, OSError if it is missing."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not look at checksums
                 raise Damaged(f"{path} is damaged: {damaged} in it does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and torch each have their own
-        if one_line(error) and getattr(error, "errno", 0) != errno.EINVAL:  # which a seek by a damaged offset gives
-            raise  # no such file, a lack of memory, or the line above
+    except Exception as error:  # zipfile, pickle and torch each raise their own
+        if one_line(error) and getattr(error, "errno", 0) != errno.EINVAL:  # EINVAL: a seek to a damaged offset
+            raise  # a missing file, a lack of memory, or the Damaged above
         raise Damaged(f"{path} is damaged: {error or type(error).__name__}") from error
     expected = {"config", "step", "model", *(("progress", "log_length") if path.name != "best.pt" else ())}
     if not isinstance(state, dict) or not expected <= state.keys():
@@ -95,7 +95,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_model(path: Path, untrained_lengths: bool = False) -> tuple[GPT, dict]:
-    """Return the model, on the CPU, and the checkpoint. Windows may be as long as it was trained on, or the table's."""
+    """Return a model on the CPU and its checkpoint. max_seq_len is the longest trained on, or the table's longest."""
     state = load_checkpoint(path)
     config = state["config"]
     trained = Curriculum(config["stages"], 2**63 if untrained_lengths else max(1, state["step"])).stages
@@ -105,7 +105,7 @@ def load_model(path: Path, untrained_lengths: bool = False) -> tuple[GPT, dict]:
 
 
 def read_log(out_dir: Path) -> list[dict]:
-    """Return the records of out_dir's log. A last line that is cut off does not count."""
+    """Return the records of out_dir's log, without a last line that is cut off."""
     path = Path(out_dir) / "log.jsonl"
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
@@ -114,24 +114,24 @@ def read_log(out_dir: Path) -> list[dict]:
 
 
 class Run:
-    """The out_dir of a run: all processes read it, process 0 alone writes. If the disk refuses a write, the run warns
-    and continues; records stay pending, and no checkpoint counts on them."""
+    """The out_dir of a run: all processes read it, only process 0 writes. If the disk refuses a write, the run warns
+    and continues. Refused records stay pending, and no checkpoint is saved before they are written."""
 
     def __init__(self, config: Config, fingerprint: str, team: Team):
         self.config, self.fingerprint, self.team = config, fingerprint, team
         self.out_dir, self.is_writer = Path(config.out_dir), team.rank == 0
-        self.source = self.file = None  # name of the checkpoint that was read; descriptor of log.jsonl, locked
-        self.length, self.pending = 0, b""  # bytes of the log that are safe on disk; the records that follow
-        self.refused = set()  # files of which the disk refused the last write
+        self.source = self.file = None  # name of the checkpoint that was read; descriptor of the locked log.jsonl
+        self.length, self.pending = 0, b""  # bytes of the log that are safe on disk; records to add to them
+        self.refused = set()  # files whose last write the disk refused
 
     def read(self) -> dict | None:
-        """Return the checkpoint to resume from, None for a new run. Raises UserError if out_dir holds another run."""
+        """Return the checkpoint to resume, or None for a new run. Raises UserError if out_dir holds another run."""
         used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if (self.out_dir / name).exists()]
         if used and not self.config.resume:
             raise UserError(f"{self.out_dir} holds a run ({', '.join(used)}): give --resume=True or another --out_dir")
         if used and self.is_writer:
-            self.lock()  # before reading: a run that is about to end may be writing its last checkpoint
-        name = "last.pt" if "last.pt" in used else "prev.pt"  # a kill between two renames leaves prev.pt alone
+            self.lock()  # before reading: another run may still be writing its last checkpoint
+        name = "last.pt" if "last.pt" in used else "prev.pt"  # a kill between two renames leaves only prev.pt
         try:
             state = load_checkpoint(self.out_dir / name) if name in used else None
         except Damaged as error:
@@ -170,7 +170,7 @@ class Run:
                 raise UserError(f"cannot write in out_dir {self.out_dir}: {error.strerror}") from error
 
     def start(self) -> None:
-        """Truncate the log to the length that the checkpoint counts on."""
+        """Truncate the log to the length stored in the checkpoint."""
         if not self.is_writer:
             return
         if self.file is None:
@@ -187,17 +187,17 @@ class Run:
             self.flush()
 
     def flush(self, durably: bool = False) -> None:
-        """Write the pending records at the end of the log. They stay pending until a durable write reached the disk."""
+        """Write the pending records at the end of the log. They stay pending until a durable write succeeds."""
         with self.attempt("log.jsonl"):
             written = 0
-            while written < len(self.pending):  # a full disk may take a part
+            while written < len(self.pending):  # a full disk may take only a part
                 written += os.pwrite(self.file, self.pending[written:], self.length + written)
             if durably:
                 os.fsync(self.file)
                 self.length, self.pending = self.length + written, b""
 
     def save(self, name: str, **state: object) -> None:
-        """Write a checkpoint of `state`, the log first."""
+        """Write the log to the disk, then a checkpoint of `state`."""
         if self.is_writer:
             self.flush(durably=True)
             state |= {"config": dataclasses.asdict(self.config), "fingerprint": self.fingerprint}
@@ -208,7 +208,7 @@ class Run:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Wrap a write: warn where the disk refuses."""
+        """Wrap a write: if the disk refuses it, warn and remember the file."""
         try:
             yield
             self.refused.discard(name)
@@ -218,9 +218,9 @@ class Run:
             self.refused.add(name)
 
     def finish(self) -> None:
-        """Raise UserError if the disk refused the end of the run."""
+        """Close the log. Raises UserError if the disk refused the last write of a file."""
         if self.is_writer:
             self.flush(durably=True)
             os.close(self.file)
             if self.refused:
-                raise UserError(f"the disk refused {', '.join(self.refused)} in {self.out_dir}: mend it, --resume=True")
+                raise UserError(f"cannot write {', '.join(self.refused)} in {self.out_dir}: fix it, then --resume=True")

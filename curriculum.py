@@ -1,4 +1,4 @@
-"""The curriculum: the stage table, and what it implies. As a program, print what a run takes at --speed tokens/s:
+"""The curriculum: the stage table and what follows from it. As a program, print a run's plan at --speed tokens/s:
 
     python curriculum.py config/curriculum9.py [--data_dir=data/wiki] [--speed=130000]
 """
@@ -13,15 +13,15 @@ from data import open_dataset
 from model import GPTConfig
 from settings import Config, UserError, load_config, user_errors
 
-# Dense bf16 tensor-core peaks with float32 accumulation, FLOP/s, by torch's names of the GPUs (makers' datasheets).
+# Dense bf16 tensor-core peaks with float32 accumulation in FLOP/s, from the datasheets. The keys are torch's names.
 PEAK_FLOPS = {"NVIDIA GeForce RTX 3090": 71e12, "NVIDIA GeForce RTX 4090": 165.2e12, "NVIDIA A100-SXM4-40GB": 312e12,
               "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # fmt: skip
 
-PLANNED_CORPUS = {"articles": 225_870, "tokens": 874_000_000}  # of curriculum9.py's plan, without what is held out
+PLANNED_CORPUS = {"articles": 225_870, "tokens": 874_000_000}  # curriculum9.py's plan, training articles only
 
 
 class Stage(NamedTuple):
-    """One row of the table, with where it ends."""
+    """One row of the table, and the step at which it ends."""
 
     number: int  # from 1
     start: int  # first step
@@ -40,7 +40,7 @@ class Stage(NamedTuple):
 
 
 class Curriculum:
-    """The stages that a run of max_steps reaches. Raises UserError for a table that makes no sense."""
+    """The stages that a run of max_steps reaches. Raises UserError for an invalid table."""
 
     def __init__(self, rows: tuple, max_steps: int):
         for number, row in enumerate(rows, 1):
@@ -51,8 +51,8 @@ class Curriculum:
         if starts[:1] != [0] or starts != sorted(set(starts)):
             raise UserError(f"stages: the steps of its rows must ascend from 0, and are {starts}")
         self.max_len = max(row[1] for row in rows)
-        self.max_tokens = max(row[1] * row[2] for row in rows)  # of a step; scoring sees no more at once
-        self.last_len = rows[-1][1]  # reached or not: the cross-stage curve is scored at it
+        self.max_tokens = max(row[1] * row[2] for row in rows)  # of a step: train.py's cap for micro_batch_tokens
+        self.last_len = rows[-1][1]  # scored at every evaluation, reached or not, to compare stages
         ends = [*starts[1:], max_steps]
         self.stages = [Stage(number, row[0], min(end, max_steps), *row[1:])
                        for number, (row, end) in enumerate(zip(rows, ends), 1) if row[0] < max_steps]  # fmt: skip
@@ -63,12 +63,12 @@ class Curriculum:
         return next(stage for stage in reversed(self.stages) if stage.start <= step)
 
     def tokens_before(self, step: int) -> int:
-        """Return the tokens trained on when `step` steps are done."""
+        """Return the tokens trained on after `step` steps."""
         return sum(max(0, min(step, s.end) - s.start) * s.tokens_per_step for s in self.stages)
 
 
 def learning_rate(config: Config, stage: Stage, step: int) -> float:
-    """Return a step's rate: from 0 over the first warmup_steps, to 0 over the last cooldown_steps."""
+    """Return a step's learning rate. It rises from 0 over warmup_steps and falls to 0 over the last cooldown_steps."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     cooldown = min(1.0, (config.max_steps - step) / config.cooldown_steps) if config.cooldown_steps else 1.0
     return config.learning_rate * stage.lr_scale * warmup * cooldown
@@ -83,14 +83,14 @@ def expected_ppl(plan_ppl: tuple, step: int) -> float | None:
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns aligned to the right; a header may have several lines."""
+    """Return a table with right-aligned columns. A header may have several lines."""
     lines = [list(line) for line in zip(*(column.split("\n") for column in header))] + rows
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
 
 
 def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: int | None) -> None:
-    """Print what a run takes, per stage, per phase and in all, on a corpus of these training articles and tokens."""
+    """Print a run's plan per stage, per phase and in all, for a corpus of these training articles and tokens."""
     curriculum, last = Curriculum(config.stages, config.max_steps), config.stages[-1]
     model = GPTConfig(config.n_layer, config.n_head, config.n_embd)
 

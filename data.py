@@ -1,6 +1,6 @@
-"""A dataset of prepare_wiki.py as windows of tokens, which cross from one article into the next.
+"""Windows of tokens from a dataset that prepare_wiki.py made. A window may cross from one article into the next.
 
-Windows depend on their arguments alone: a resumed run, and N processes together, draw what one unbroken run would.
+Windows depend only on the arguments: a resumed run, and N processes together, draw those of one unbroken run.
 """
 
 import hashlib
@@ -19,33 +19,33 @@ SPLITS = ("train", "val")
 
 
 class Split:
-    """The shards of one split, memory-mapped uint16 arrays, as windows of seq_len + 1 tokens."""
+    """The shards of one split: memory-mapped uint16 arrays, read as windows of seq_len + 1 tokens."""
 
     def __init__(self, shards: list[np.ndarray]):
         self.shards = shards
         self.tokens = np.array([len(shard) for shard in shards])
 
     def random_windows(self, seq_len: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-        """Draw a step's batch (batch_size, seq_len + 1): uniform over all starts whose window stays in its shard."""
-        starts = np.maximum(0, self.tokens - seq_len)  # per shard, the number of starts
+        """Draw a step's batch (batch_size, seq_len + 1), uniform over all starts whose window fits in its shard."""
+        starts = np.maximum(0, self.tokens - seq_len)  # the number of starts in each shard
         numbers = np.random.default_rng((seed, step)).integers(starts.sum(), size=batch_size)
         return self._read(starts, numbers, 1, seq_len)
 
     def spread(self, seq_len: int, tokens: int = 0) -> np.ndarray:
-        """Return the numbers of the windows that an evaluation of `tokens` tokens scores: n of all W, spread evenly."""
+        """Return the numbers of the windows that an evaluation of `tokens` tokens scores, spread evenly over all."""
         tiles = int(self._tiles(seq_len).sum())
-        n = max(1, min(tiles, tokens // seq_len)) if tokens else tiles  # 0 tokens: all
+        n = max(1, min(tiles, tokens // seq_len)) if tokens else tiles  # 0 scores all
         return np.arange(n) * tiles // n
 
     def fixed_windows(self, seq_len: int, numbers: np.ndarray) -> np.ndarray:
-        """Return the windows (len(numbers), seq_len + 1) of the tiling that have these numbers."""
+        """Return windows (len(numbers), seq_len + 1) by number. Window i of a shard starts at its token i * seq_len."""
         return self._read(self._tiles(seq_len), numbers, seq_len, seq_len)
 
     def _tiles(self, seq_len: int) -> np.ndarray:
         return np.maximum(0, self.tokens - 1) // seq_len
 
     def _read(self, per_shard: np.ndarray, numbers: np.ndarray, stride: int, seq_len: int) -> np.ndarray:
-        """Return the windows with these numbers, counted through all shards, where shard i holds per_shard[i]."""
+        """Return the windows with these numbers, counted through all shards. Shard i holds per_shard[i] windows."""
         ends = np.cumsum(per_shard)
         which = np.searchsorted(ends, numbers, side="right")
         starts = (numbers - (ends - per_shard)[which]) * stride
@@ -60,7 +60,7 @@ class Dataset(NamedTuple):
     train: Split
     val: Split
     token_bytes: np.ndarray  # UTF-8 bytes of each token id, for bits per byte
-    fingerprint: str  # of the shards' checksums: a run resumes on the same text only
+    fingerprint: str  # hash of the shards' checksums: a run resumes only on the same text
 
 
 def open_dataset(data_dir: str | Path, max_len: int = 0) -> Dataset:
@@ -71,7 +71,7 @@ def open_dataset(data_dir: str | Path, max_len: int = 0) -> Dataset:
         for shard in meta["shards"]:
             file = path / shard["file"]
             if file.stat().st_size != 2 * shard["tokens"]:
-                raise ValueError(f"{file.name} has not the size that meta.json says")
+                raise ValueError(f"{file.name} does not have the size in meta.json")
             shards[shard["split"]].append(np.memmap(file, np.uint16, "r"))
         token_bytes = np.load(path / "token_bytes.npy")
         checksums = repr([(shard["split"], shard["sha256"]) for shard in meta["shards"]])
@@ -87,6 +87,6 @@ def open_dataset(data_dir: str | Path, max_len: int = 0) -> Dataset:
 
 
 def micro_batches(windows: np.ndarray, seq_len: int, micro_batch_tokens: int) -> list[np.ndarray]:
-    """Cut windows of seq_len (or their numbers) into parts within micro_batch_tokens, as few and equal as can be."""
+    """Split windows of seq_len, or their numbers, evenly into the fewest micro-batches within micro_batch_tokens."""
     count = math.ceil(len(windows) / max(1, micro_batch_tokens // seq_len))
     return np.array_split(windows, count) if count else []

@@ -1,4 +1,4 @@
-"""Score held-out windows in a run; as a program, score its best.pt at every length and position.
+"""Score held-out windows during a run. As a program, score a run's best.pt at every length and position.
 
     python evaluate.py --out_dir=out/demo [--data_dir=data/other] [--device=cpu] [--dtype=float32]
 """
@@ -38,7 +38,7 @@ class Score(NamedTuple):
 
 
 def position_ranges(seq_len: int) -> list[tuple[int, int]]:
-    """Return the positions of a window in ranges that double: (0, 64), (64, 128), (128, 256), ..., (_, seq_len)."""
+    """Return a window's positions in ranges that double: (0, 64), (64, 128), (128, 256), ..., (_, seq_len)."""
     return list(itertools.pairwise([0, *(64 << i for i in range(seq_len.bit_length()) if 64 << i < seq_len), seq_len]))
 
 
@@ -65,7 +65,7 @@ def score_windows(
 
 
 def evaluate(model: GPT, data: Dataset, curriculum: Curriculum, step: int, config: Config, team: Team) -> dict:
-    """Score the model after `step` steps at that step's length; return the log's fields. The training loss and the loss
+    """Score the model after `step` steps at its stage's length; return the log's fields. The training loss and the loss
     at the table's last length use a quarter as many windows."""
     stage, last_len = curriculum.at(max(0, step - 1)), curriculum.last_len
     shared = data.token_bytes, config.micro_batch_tokens, team
@@ -85,12 +85,12 @@ def summary(record: dict, config: Config) -> str:
     line += f"val loss {record['val_loss']:.3f}, ppl {record['val_ppl']:,.1f}"
     if plan := record["plan_ppl"]:
         line += f" ({'ahead of' if record['val_ppl'] <= plan else 'behind'} plan: {plan:,.0f})"
-    line += f", gap {record['gap']:+.2f}" + (" overfits" if record["gap"] >= math.log(2) else "")  # twice training's
+    line += f", gap {record['gap']:+.2f}" + (" overfits" if record["gap"] >= math.log(2) else "")  # twice training ppl
     return line + (", best" if record["is_best"] else f", no best for {record['bad_evals']}")
 
 
 def eval_table(records: list[dict]) -> str:
-    """Return the evaluations of a run as a table. "last len", the loss at the table's last length, compares stages."""
+    """Return a run's evaluations as a table. Its "last len", the loss at the last stage's length, compares stages."""
     form = ("{step:,} {stage} {seq_len:,} {val_loss:.3f} {val_ppl:,.1f} {val_accuracy:.1%} {val_bpb:.3f} "
             "{train_loss:.3f} {gap:+.3f} {last_len_loss:.3f} {time_s:,.0f}")  # fmt: skip
     header = "step,stage,length,val loss,val ppl,accuracy,bpb,train loss,gap,last len,seconds".split(",")

@@ -1,10 +1,10 @@
-"""The GPT: its layers, its loss, its first weights, and the choices for a machine.
+"""The GPT: its layers, its loss, its initial weights, and its settings for a machine.
 
     tokens (B, T) -> embedding (B, T, C) -> n_layer x [ x += attention(norm(x)); x += mlp(norm(x)) ] -> norm
                   -> logits (B, T, V), by the embedding's own weights
 
-B sequences of T tokens, width C = n_embd, H = n_head heads of D = C / H, V = vocab_size. The form is exactly that of
-Hugging Face's Qwen3ForCausalLM, so that other tools open an export and an independent implementation checks this one.
+B sequences of T tokens, width C = n_embd, H = n_head heads of D = C / H, V = vocab_size. The architecture is exactly
+Hugging Face's Qwen3ForCausalLM, so other tools open an export and an independent implementation checks this one.
 """
 
 import ctypes
@@ -22,17 +22,17 @@ from torch import Tensor, nn
 
 from settings import UserError
 
-USE_STATIC_SHAPES = False  # on a GPU, blocks compiled for each stage: 42.1 ms, not 44.8. In this form it has not run
+USE_STATIC_SHAPES = False  # on a GPU, compile blocks for each stage: 42.1 ms, not 44.8. Not yet run in this form
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A model's form. Checkpoints store the first three; changing another silently changes what an old one computes."""
+    """A model's shape. Checkpoints store the first three; changing another silently changes what they compute."""
 
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    vocab_size: int = 50304  # GPT-2's 50,257, padded to a multiple of 128, which matrix units like
+    vocab_size: int = 50304  # GPT-2's 50,257, padded to a multiple of 128 for fast matrix products
     rope_base: float = 10000.0  # Su et al. 2021; kept at this size by Marek et al. and Semenov et al. 2025
     norm_eps: float = 1e-6
 
@@ -42,21 +42,21 @@ class GPTConfig:
 
     @property
     def n_hidden(self) -> int:
-        """SwiGLU's hidden size: 8/3 of the width (Shazeer 2020), so that three matrices hold what GPT-2's two do."""
+        """SwiGLU's hidden size: 8/3 of the width (Shazeer 2020), so three matrices are as large as GPT-2's two."""
         return 64 * max(1, round(self.n_embd * 8 / 3 / 64))
 
     @property
     def n_matmul(self) -> int:
-        """Parameters in matrix products: four projections and three of SwiGLU per layer, and the head."""
+        """Parameters in matrix products: four projections and SwiGLU's three per layer, and the head."""
         return (self.n_layer * (4 * self.n_embd + 3 * self.n_hidden) + self.vocab_size) * self.n_embd
 
     @property
     def n_params(self) -> int:
-        """All parameters: the norms' weights too; the embedding is the head."""
+        """All parameters, the norms' weights too. The embedding and the head are one matrix."""
         return self.n_matmul + self.n_layer * (2 * self.n_embd + 2 * self.head_dim) + self.n_embd
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the FLOPs to train on one token: 2 a multiply-add, forward and twice backward (PaLM, appendix B)."""
+        """Return the FLOPs to train on one token: 2 per multiply-add, forward and twice backward (PaLM, appendix B)."""
         return 6 * self.n_matmul + 12 * self.n_layer * self.n_embd * seq_len
 
 
@@ -68,13 +68,13 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x (B, H, T, D) by the angles of their positions (T, D/2) (Su et al. 2021)."""
+    """Rotate the pairs (i, i + D/2) of x (B, H, T, D) by the angles of their positions (T, D/2) (Su et al. 2021)."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)), dim=-1)
 
 
 class Attention(nn.Module):
-    """Causal self-attention; queries and keys pass an RMSNorm over each head (QK-norm, Henry et al. 2020)."""
+    """Causal self-attention, with an RMSNorm over each head's queries and keys (QK-norm, Henry et al. 2020)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Attend from x (B, T, C) to itself or, given past, to keys and values (B, H, T', D), whose last T it sets."""
+        """Attend from x (B, T, C) to x, or to past keys and values (B, H, T', D) with x's written over the last T."""
         B, T, C = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))  # fmt: skip
@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 @torch.compile(dynamic=True)
 def softmax_minus_one_hot_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return each row's cross-entropy (N,) in nats, and turn logits (N, V) in place into their gradient."""
+    """Return each row's cross-entropy (N,) in nats, and overwrite logits (N, V) with their gradient."""
     x = logits.float()
     log_sums = x.logsumexp(1, keepdim=True)
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
@@ -137,8 +137,8 @@ def softmax_minus_one_hot_(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Cross-entropy in nats, summed over targets (N,), of logits x @ weight.T: x (N, C), weight (V, C). Forward turns
-    the logits in place into their gradient, so only N * V values are stored, in the type of x."""
+    """Cross-entropy in nats, summed over targets (N,), of logits x @ weight.T: x (N, C), weight (V, C). Forward
+    overwrites the logits with their gradient, so only N * V values are stored, in the type of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -151,22 +151,22 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, grad_logits = ctx.saved_tensors
         grad_x = grad_logits @ weight.to(x.dtype) * grad
-        grad_weight = grad_logits.T @ (x * grad)  # x is the smaller one to scale
+        grad_weight = grad_logits.T @ (x * grad)  # scale x, which is smaller than grad_logits
         return grad_x, grad_weight.to(weight.dtype), None
 
 
 class GPT(nn.Module):
-    """The model, for windows of up to max_seq_len; no weight depends on that. on_machine sets its two types."""
+    """The model, for windows of up to max_seq_len, on which no weight depends. on_machine sets its two dtypes."""
 
     def __init__(self, config: GPTConfig, max_seq_len: int):
         super().__init__()
         self.config, self.max_seq_len = config, max_seq_len
-        self.dtype = torch.float32  # of matrix products: every method computes under autocast in it
+        self.dtype = torch.float32  # of matrix products: every method autocasts to this dtype
         self.stream = torch.float32  # of the residual stream
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        # 1 / base ** x as transformers has it, not base ** -x: so an export's logits equal these to the bit.
+        # 1 / base ** x as in transformers, not base ** -x: an export's logits then equal these to the bit.
         frequencies = 1.0 / config.rope_base ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
         angles = torch.arange(max_seq_len)[:, None] * frequencies  # (T, D/2)
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -174,8 +174,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Set all weights as in GPT-2 (Radford et al. 2019): norms 1, the rest normal with deviation 0.02; o and down
-        with 0.02 / sqrt(2 * n_layer), since 2 * n_layer of them add up in the residual. Call it on the CPU."""
+        """Set all weights as in GPT-2 (Radford et al. 2019): norms 1, the rest normal with deviation 0.02. For o_proj
+        and down_proj it is 0.02 / sqrt(2 * n_layer): 2 * n_layer outputs add up in the residual. Call it on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -190,10 +190,10 @@ class GPT(nn.Module):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Return the head's input (B, T, C) for tokens (B, T), in the type of products."""
+        """Return the head's input (B, T, C) for tokens (B, T), in the dtype of products."""
         x, T = self.embed(tokens).to(self.stream), tokens.shape[1]
         for block in self.blocks:
-            if x.device.type == "cpu":  # else a single window would be compiled anew, which takes a CPU 10 s
+            if x.device.type == "cpu":  # else a batch of one window recompiles, which takes 10 s
                 torch._dynamo.decorators.mark_unbacked(x, 0)
             elif USE_STATIC_SHAPES and torch.is_grad_enabled():
                 torch._dynamo.mark_static(x)
@@ -219,15 +219,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def score(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """For windows (B, T + 1) return each target's cross-entropy in nats, and whether its logit was the largest."""
+        """Return each target's cross-entropy in nats, and whether its logit was the largest, for windows (B, T + 1)."""
         logits, targets = self(windows[:, :-1]), windows[:, 1:]
         is_hit = logits.argmax(-1) == targets
         return softmax_minus_one_hot_(logits.flatten(0, 1), targets.flatten()).view_as(targets), is_hit
 
 
 def fast_dtype(device: torch.device, rows: int, inner: int, columns: int) -> str:
-    """Return the type of products that is fast on a device. A CPU, where bfloat16 is 0.5 to 3 times as fast as float32,
-    is timed at (rows, inner) by (inner, columns). Process 0 decides for all."""
+    """Return the fast dtype for matrix products. On a CPU, bfloat16 is 0.5 to 3 times as fast as float32, so time a
+    product of (rows, inner) by (inner, columns). Process 0 decides for all."""
     if device.type != "cpu":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     seconds = torch.zeros(2)
@@ -236,11 +236,11 @@ def fast_dtype(device: torch.device, rows: int, inner: int, columns: int) -> str
         seconds[i] = min(timeit.repeat("F.linear(x, weight)", number=1, globals={"F": F, "x": x, "weight": weight}))
     if dist.is_initialized():
         dist.broadcast(seconds, 0)
-    return "bfloat16" if 1.2 * seconds[0] <= seconds[1] else "float32"  # 1.2 lets two starts agree
+    return "bfloat16" if 1.2 * seconds[0] <= seconds[1] else "float32"  # 1.2 keeps noise from changing the choice
 
 
 def on_machine(model: GPT, device="auto", dtype="auto", compile=True, product=(512, 512, 512)) -> GPT:
-    """Move the model to a device and choose all that depends on it. Raises UserError if the device is not usable."""
+    """Move the model to a device and choose dtype and compilation for it. Raises UserError if it is not usable."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -255,15 +255,15 @@ def on_machine(model: GPT, device="auto", dtype="auto", compile=True, product=(5
         torch.cuda.set_device(target)
     dtype = fast_dtype(target, *product) if dtype == "auto" else dtype
     if is_cpu:
-        # Stop glibc from returning freed memory, which the next step needs again: 1.1 to 1.2 times as fast, in a fifth
-        # to a third more memory (bench/log.md). M_MMAP_MAX and M_TRIM_THRESHOLD; other C libraries lack mallopt.
+        # Keep freed memory for the next step, which is then 1.1 to 1.2 times as fast, in a fifth to a third more memory
+        # (bench/log.md). -4 is M_MMAP_MAX, and -1 is M_TRIM_THRESHOLD. C libraries other than glibc lack mallopt.
         with suppress(OSError, AttributeError):
             for option, value in ((-4, 0), (-1, -1)):
                 ctypes.CDLL("libc.so.6").mallopt(option, value)
     torch.use_deterministic_algorithms(is_cpu)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # that alone would make determinism slow
-    torch.set_float32_matmul_precision("high")  # TF32 for products that are float32 on a GPU
-    # Compile layer by layer, with sizes as symbols: one graph serves all layers and stages.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling alone would make determinism slow
+    torch.set_float32_matmul_precision("high")  # TF32 for float32 products on a GPU
+    # Compile layer by layer, with symbolic sizes: one graph serves all layers and stages.
     torch.compiler.set_stance("default" if compile else "force_eager")
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=target))
@@ -273,7 +273,7 @@ def on_machine(model: GPT, device="auto", dtype="auto", compile=True, product=(5
             raise UserError(f"{reason}; --compile=False trains without it") from error
         print(f"{reason}; continuing without it, more slowly", file=sys.stderr)
         torch.compiler.set_stance("force_eager")
-    torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to be equal are different symbols
+    torch.fx.experimental._config.use_duck_shape = False  # give sizes that happen to be equal different symbols
     torch._dynamo.config.recompile_limit = 32  # a GPU may need 12 graphs; torch gives up at 8
     for layer in (*model.blocks, model.norm):
         layer.compile(dynamic=True)

@@ -11,20 +11,20 @@ from settings import Config
 
 
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
-    """Return fused AdamW for all weights, or for all but the matrices that Muon takes. train_step sets their lr."""
+    """Return AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest. train_step sets lr."""
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
     use_muon = config.optimizer == "muon"
     decayed = [model.embed.weight] if use_muon else [model.embed.weight, *matrices]
     groups = [{"params": decayed}, {"params": [w for w in model.parameters() if w.ndim == 1], "weight_decay": 0.0}]
-    # 0.99, not 0.95: with so few tokens a step the second moment needs a longer memory (Marek et al. 2025).
+    # 0.99, not 0.95: with few tokens per step, the second moment needs a longer memory (Marek et al. 2025).
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     return [adamw, Muon(matrices, config.weight_decay, model.dtype)] if use_muon else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): Nesterov momentum, then each matrix's update with singular values near 1.
+    """Muon (Jordan et al. 2024): Nesterov momentum, then an update whose singular values are all near 1.
     0.2 * sqrt(larger side) scales an update to the size of AdamW's (Liu et al. 2025): one learning rate serves both.
-    All matrices of a shape are updated at once, in products of type dtype: one by one they leave a GPU idle."""
+    Matrices of one shape are updated together, in products of type dtype: one by one they leave a GPU idle."""
 
     def __init__(self, matrices: list[Tensor], weight_decay: float, dtype: torch.dtype, momentum: float = 0.95):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
@@ -47,8 +47,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return matrices (N, I, O) of type dtype with the same singular vectors and singular values between 0.7 and 1.2,
-    by five steps of Newton-Schulz with the coefficients of Jordan et al. 2024. Several processes share the work."""
+    """Return matrices (N, I, O) of type dtype with the same singular vectors, and singular values from 0.7 to 1.2.
+    Takes five Newton-Schulz steps with the coefficients of Jordan et al. 2024. Several processes share the work."""
     a, b, c = 3.4445, -4.7750, 2.0315
     rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = slice(len(matrices) * rank // count, len(matrices) * (rank + 1) // count)
@@ -62,5 +62,5 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     updates = torch.zeros_like(matrices, dtype=dtype)
     updates[share] = x.mT if is_tall else x
     if count > 1:
-        dist.all_reduce(updates)  # adds zeros: the bits are those of one process
+        dist.all_reduce(updates)  # the other shares are zeros here: the bits are those of one process
     return updates

@@ -1,7 +1,7 @@
-"""What the processes of `torchrun --nproc_per_node=N train.py CONFIG.py ...` share.
+"""Data parallelism for `torchrun --nproc_per_node=N train.py CONFIG.py ...`.
 
 Every process holds the whole model and its optimizers. Each takes its share of a step's windows, one all-reduce sums
-the gradients and the loss, and all apply the same update. A stop signal travels with the sums: all stop together.
+the gradients and the loss, and all apply the same update. A stop signal travels with the sums, so all stop together.
 """
 
 import os
@@ -21,12 +21,12 @@ from settings import UserError, guard_console, one_line, user_errors
 
 
 class Team:
-    """The processes of a run: this one is number `rank` of `count`."""
+    """The processes of a run: `rank` is this process's number, `count` the world size."""
 
     def __init__(self, rank: int = 0, count: int = 1):
         self.rank, self.count = rank, count
         self.seen = 0  # the stop signal that this process received
-        self.stops = torch.zeros(1)  # how many processes had received one at the last sum
+        self.stops = torch.zeros(1)  # how many processes had received a stop signal at the last sum
 
     def watch_signals(self) -> None:
         """Note stop signals from now on. A second one kills, except under torchrun, which sends them twice."""
@@ -43,11 +43,11 @@ class Team:
 
     @property
     def stopping(self) -> int:
-        """A stop signal if any process had received one at the last sum, else 0: on all of them or on none."""
+        """A stop signal if any process had received one at the last sum, else 0. All processes agree."""
         return (self.seen or signal.SIGTERM) if self.stops.item() else 0
 
     def share(self, windows: np.ndarray) -> np.ndarray:
-        """Return this process's part of a batch, or of the numbers of windows. It may be empty."""
+        """Return this process's share of a batch of windows, or of their numbers. The share may be empty."""
         return np.array_split(windows, self.count)[self.rank]
 
     def sum(self, values: list[float]) -> list[float]:
@@ -63,7 +63,7 @@ class Team:
         self.stops = torch.full((1,), float(self.seen > 0))
         if self.count > 1:
             weights = list(model.parameters())
-            grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]  # None without a window
+            grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]  # None: no window here
             flat = torch.cat([*(grad.flatten() for grad in grads), loss[None], self.stops.to(loss.device)])
             dist.all_reduce(flat)
             *grads, loss, self.stops = flat.split([*(w.numel() for w in weights), 1, 1])
@@ -74,8 +74,8 @@ class Team:
 
 @contextmanager
 def join_team(memory_advice: str = "this machine has too little") -> Iterator[Team]:
-    """Join the processes that torchrun started, or be a team of one. Wraps a program's whole work. Process 0 prints a
-    user's mistake at once, and torchrun ends the others; what only another process met is printed two seconds later."""
+    """Join the processes that torchrun started, or be a team of one. Wraps a program's whole work. Process 0 prints its
+    error at once, and torchrun ends the others. They wait two seconds to print, so a shared error appears once."""
     if "RANK" not in os.environ:
         with user_errors(memory_advice):
             yield Team()
@@ -83,7 +83,7 @@ def join_team(memory_advice: str = "this machine has too little") -> Iterator[Te
     guard_console()
     rank, status = int(os.environ["RANK"]), 0
     try:
-        # In torchrun's own store restarted workers may find their predecessors' addresses, and wait (pytorch 135712)
+        # In torchrun's own store, restarted workers may find their predecessors' addresses and hang (pytorch 135712)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
             raise UserError("restarts may hang: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every machine first")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -101,4 +101,4 @@ def join_team(memory_advice: str = "this machine has too little") -> Iterator[Te
         if not line and dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
             line = "another process of this run has ended"
         print(f"error: {line}" if line else traceback.format_exc(), file=sys.stderr)
-    os._exit(status)  # Python's own end could abort in a thread of torch.distributed's (pytorch pull request 179291)
+    os._exit(status)  # Python's own exit could abort in a torch.distributed thread (pytorch pull request 179291)

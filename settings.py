@@ -1,7 +1,7 @@
 """Every setting with its default and its reason, and the parser of `CONFIG.py --key=value ...`.
 
-A config file is plain Python that assigns or imports some of the keys below; an argument after it wins. Modules,
-functions, classes and names with an underscore in front are a config's own. Any other name is a mistake.
+A config file is plain Python that assigns or imports some of the keys below. Arguments override the file. Modules,
+functions, classes and names that begin with an underscore are free. Any other name is an error.
 """
 
 import ast
@@ -21,37 +21,37 @@ class Config:
     data_dir: str = "data/wiki"  # a dataset made by prepare_wiki.py
     out_dir: str = "out/run"  # checkpoints and the log
     resume: bool = False  # continue from out_dir's checkpoint if there is one; if False, a used out_dir is refused
-    seed: int = 1337  # of the initial weights and of every step's windows
+    seed: int = 1337  # for the initial weights and for every step's windows
 
-    # The curriculum. The table has no default: it is what an experiment is about
+    # The curriculum. The table has no default: every experiment brings its own
     stages: tuple = ()  # rows (from step, seq_len, batch_size, lr_scale); batch_size counts windows per step
     max_steps: int = 100_000  # optimizer steps in all
-    plan_ppl: tuple = ()  # (step, perplexity) that the plan expects of validation; () expects nothing
-    phases: tuple = ()  # (name, step): `python curriculum.py` sums up the steps before that step
+    plan_ppl: tuple = ()  # (step, validation perplexity) pairs that the plan expects; () for no plan
+    phases: tuple = ()  # (name, step) pairs: `python curriculum.py` sums up all steps before that step
 
     # Optimization
     learning_rate: float = 6e-4  # times the stage's lr_scale
     warmup_steps: int = 200  # linear, from 0
-    cooldown_steps: int = 0  # the last steps of max_steps: linear, to 0
-    optimizer: str = "muon"  # 'muon' (the blocks' matrices; AdamW for the rest) or 'adamw'
-    weight_decay: float = 0.1  # of matrices; norms have none
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no limit
-    micro_batch_tokens: int = 16_384  # most tokens in one forward pass of one process; the rest is accumulated
+    cooldown_steps: int = 0  # linear, to 0 at max_steps
+    optimizer: str = "muon"  # 'muon' for the blocks' matrices and AdamW for the rest, or 'adamw' for all
+    weight_decay: float = 0.1  # for matrices; norms have none
+    grad_clip: float = 1.0  # clip the gradient to this norm; 0 for no limit
+    micro_batch_tokens: int = 16_384  # most tokens per forward pass and process; larger batches accumulate
 
     # The model: GPT-2 size, 123.6M parameters
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
 
-    # The machine: `on_machine` in model.py chooses for 'auto'
-    device: str = "auto"  # 'cpu', 'cuda', 'cuda:1', ...; 'auto' takes a GPU if there is one (torchrun: one each)
-    dtype: str = "auto"  # of matrix products: 'bfloat16', 'float16' or 'float32'; 'auto' takes what is fast here
+    # The machine: `on_machine` in model.py decides what 'auto' means
+    device: str = "auto"  # 'cpu', 'cuda', 'cuda:1', ...; 'auto' is a GPU if there is one, one each under torchrun
+    dtype: str = "auto"  # for matrix products: 'bfloat16', 'float16' or 'float32'; 'auto' picks a fast one
     compile: bool = True  # torch.compile the training step; False starts at once and runs slower
 
     # Validation, checkpoints, log; intervals in steps
-    eval_interval: int = 2_000  # and before the first step, after every stage and at the end
+    eval_interval: int = 2_000  # also before the first step, after every stage and at the end
     eval_tokens: int = 1_048_576  # held-out tokens that an evaluation scores; 0 for all
-    patience: int = 10  # stop when more evaluations in a row than this set no new best at their length
+    patience: int = 10  # stop after more evaluations in a row than this without a new best at their length
     checkpoint_interval: int = 1_000
     log_interval: int = 10
 
@@ -71,14 +71,14 @@ def one_line(error: BaseException, memory_advice: str = "") -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"cannot use {error.filename or 'a file'}: {error.strerror}"
-    texts = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA's, a CPU's, cuBLAS's
+    texts = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # from CUDA, a CPU, cuBLAS
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in texts)):
         return f"out of memory: {memory_advice}"
     return None
 
 
 class Console(io.TextIOWrapper):
-    """A console that ends no program: what it cannot encode is escaped, what it cannot write is lost."""
+    """A console that never ends the program: it escapes what it cannot encode and drops what it cannot write."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -87,7 +87,7 @@ class Console(io.TextIOWrapper):
 
 
 def guard_console() -> None:
-    """Make stdout and stderr Consoles, unless a test or a notebook took their place."""
+    """Replace stdout and stderr by Consoles, unless a test or a notebook has replaced them."""
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None:  # closed
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))
@@ -133,7 +133,7 @@ def read_arguments(argv: list[str], keys: Iterable[str] = KEYS) -> dict[str, obj
 
 def read_config_file(path: str) -> dict[str, object]:
     """Run a config file and return the keys that it assigns or imports."""
-    sys.path.append(os.path.dirname(os.path.abspath(path)))  # last: a helper beside the config hides none of our files
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # last: a file next to the config hides no module
     names = {"__file__": path, "__name__": "config_file"}
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -147,7 +147,7 @@ def read_config_file(path: str) -> dict[str, object]:
 
 
 def as_key_type(key: str, value: object, where: str, keys: Iterable[str] = KEYS) -> object:
-    """Convert a value, or its text on the command line, to its key's type: 1e5 is a whole number, a list a tuple."""
+    """Convert a value, or its text on the command line, to its key's type: 1e5 to an int, a list to a tuple."""
     if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown key {key!r}; the nearest known one is {near!r}")
@@ -169,7 +169,7 @@ def as_key_type(key: str, value: object, where: str, keys: Iterable[str] = KEYS)
 
 
 def check_ranges(config: Config) -> None:
-    """Raise UserError for a value that makes sense on no machine. Curriculum checks the stage table."""
+    """Raise UserError for a value that is wrong on every machine. Curriculum checks the stage table."""
     for key, kind in KEYS.items():
         value = getattr(config, key)
         if kind in (int, float) and not (0 < value < 2**63 or (value == 0 and key in MAY_BE_0)):

@@ -32,7 +32,7 @@ def train_step(
     model: GPT, optimizers: list[Optimizer], scaler: GradScaler, windows: ndarray, lr: float, config: Config, team: Team
 ) -> tuple[float, float]:
     """Make one update from windows (B, T + 1); return their mean loss in nats and the gradient's norm before clipping.
-    Every target weighs the same. If loss or norm is not finite, there is no update. `scaler` works only in float16."""
+    Every target weighs the same. If loss or norm is not finite, skip the update. `scaler` works only in float16."""
     seq_len, n_targets = windows.shape[1] - 1, windows[:, 1:].size
     loss = torch.zeros((), device=model.device)
     grad = scaler.scale(torch.full_like(loss, 1 / n_targets))
@@ -98,7 +98,7 @@ def train(config: Config, team: Team) -> int:
     while True:
         step = progress.step
 
-        # Evaluate, unless the checkpoint says that these weights were evaluated, or a stop signal came
+        # Evaluate, unless these weights were evaluated before the resume, or a stop signal came
         just_evaluated = is_best = False
         eval_due = step % config.eval_interval == 0 or step in curriculum.ends
         if eval_due and progress.evaluated != step and not team.stopping:
@@ -109,7 +109,7 @@ def train(config: Config, team: Team) -> int:
             bar.write(summary(record, config))
             just_evaluated = True
 
-        # Save. While the disk refuses best.pt, last.pt waits: a run resumed from it evaluates again
+        # Save. While the disk refuses best.pt, keep the old last.pt: a run resumed from there evaluates again
         finished = step == config.max_steps or progress.bad_evals > config.patience
         if is_best:
             run.save("best.pt", step=step, model=model.state_dict())
@@ -160,7 +160,7 @@ def train(config: Config, team: Team) -> int:
 
 
 def report_end(model: GPT, data: Dataset, curriculum: Curriculum, progress: Progress, run: Run, team: Team) -> None:
-    """Score the last step's weights on all held-out windows, log that as `final`, and print all evaluations."""
+    """Score the final weights on all held-out windows, log the score as `final`, and print all evaluations."""
     stage = curriculum.at(max(0, progress.step - 1))
     shared = data.token_bytes, run.config.micro_batch_tokens, team
     score = score_windows(model, data.val, stage.seq_len, data.val.spread(stage.seq_len), *shared)
