@@ -1,4 +1,4 @@
-"""Where articles come from: files of several kinds, each cut into pieces that processes can read side by side.
+"""Read articles from files of several kinds, each cut into pieces that processes can read in parallel.
 
     *.xml, *.xml.bz2, *.xml-p1p41242.bz2        a MediaWiki dump, read by wikiextractor
     *.jsonl, *.jsonl.gz, *.jsonl.bz2, wiki_00   a JSON object with a "title" and a "text" on each line
@@ -29,8 +29,8 @@ from subprocess import PIPE, Popen
 
 from settings import UserError
 
-PIECE_BYTES = 1 << 22  # of text in a piece (a guess): handing over takes little of its time, and it takes little memory
-MAX_LINE = 1 << 28  # bytes (a guess); a file with a longer line is not JSON lines, and must not fill the memory
+PIECE_BYTES = 1 << 22  # of text in a piece (a guess): handing a piece over is cheap, and it takes little memory
+MAX_LINE = 1 << 28  # bytes (a guess); a file with a longer line is not JSON lines and must not fill memory
 
 Record = tuple[str, str] | str
 Piece = Callable[[], Iterator[tuple[str, Record]]]
@@ -46,7 +46,7 @@ def usable_cores() -> int:
 
 
 def as_record(title: object, text: object) -> Record:
-    """Return (title, text), with LF alone at the ends of lines, or the reason why they are not an article."""
+    """Return (title, text) with LF line endings, or the reason why they are not an article."""
     if not (isinstance(title, str) and isinstance(text, str) and title.strip()):
         return "without a title and a text"
     return title, text.replace("\r\n", "\n").replace("\r", "\n")
@@ -92,7 +92,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def line_pieces(path: Path, lines: Iterable[bytes] | None = None, title_in_xml: bool = False) -> Iterator[Piece]:
-    """Yield the pieces of a file, or of the lines that something else makes of it. A piece carries its lines."""
+    """Yield the pieces of a file, or of the lines that another reader makes of it. A piece carries its lines."""
     block, size, first = [], 0, 1
     for number, line in enumerate(lines or read_lines(path), 1):
         block.append(line)
@@ -117,7 +117,7 @@ def need(module: str, requirement: str) -> None:
 
 
 def open_parquet(path: Path):
-    """Return a pyarrow.parquet.ParquetFile that reads bit by bit. Raises UserError if it has no titles and texts."""
+    """Return a pyarrow.parquet.ParquetFile that reads in small parts. Raises UserError if it lacks titles or texts."""
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
@@ -156,7 +156,7 @@ DIE_WITH_US = 'exec 3<&0; (read end <&3; kill -KILL 0) >/dev/null 2>&1 & exec "$
 
 
 def is_cut_off(path: Path) -> bool:
-    """Return whether a dump lacks its end: wikiextractor would hang on the bzip2, and not notice in the XML."""
+    """Return whether a dump is cut off: wikiextractor would hang on cut bzip2, and not notice cut XML."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 100))
         end = file.read()
@@ -167,11 +167,11 @@ def is_cut_off(path: Path) -> bool:
 
 
 def dump_pieces(path: Path) -> Iterator[Piece]:
-    """Yield the pieces of a MediaWiki dump, by wikiextractor: AGPL, so run as a program and never imported.
+    """Yield the pieces of a MediaWiki dump. wikiextractor is AGPL, so it is run as a program and never imported.
 
-    --html-safe '' keeps it from escaping "&" in texts; it leaves titles as in XML. Without --no-templates it reads a
-    dump twice, and a text depends on which templates are in the same file. It drops titles that begin with "Template".
-    It can hang, for instance when one of its processes is killed.
+    --html-safe '' leaves "&" in texts unescaped; titles stay as in XML. Without --no-templates, wikiextractor reads a
+    dump twice, and a text depends on the templates in the same file. wikiextractor drops titles that begin with
+    "Template". It can hang, for instance when one of its processes is killed.
     """
     need("wikiextractor", "wikiextractor==3.1.0")
     if is_cut_off(path):
@@ -185,7 +185,7 @@ def dump_pieces(path: Path) -> Iterator[Piece]:
         extractor.wait()
     messages.seek(0)
     said = messages.read().decode(errors="replace").strip()
-    # It may lose a process, and articles, and end with status 0.
+    # wikiextractor may lose a process, and so articles, and still exit with status 0.
     if extractor.returncode != 0 or "Traceback" in said or "incomplete" in said:
         raise UserError(f"{path}: wikiextractor failed: {said[-300:]}")
 
@@ -193,13 +193,13 @@ def dump_pieces(path: Path) -> Iterator[Piece]:
 # --------------------------------------------------------------------------------------------------------------------
 # Any input
 
-KINDS = {  # what cuts a file into pieces, by the file's name
+KINDS = {  # the function that cuts a file into pieces, by the file's name
     "*.jsonl": line_pieces,
     "*.jsonl.gz": line_pieces,
     "*.jsonl.bz2": line_pieces,
     "wiki_[0-9][0-9]": partial(line_pieces, title_in_xml=True),  # wikiextractor's own files
     "*.parquet": parquet_pieces,
-    "*.txt": None,  # a piece holds many
+    "*.txt": None,  # `pieces` puts many in one piece
     "*.xml": dump_pieces,
     "*.xml*.bz2": dump_pieces,
     "summaries_*.json": summaries_pieces,
@@ -227,7 +227,7 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 
 def find_files(inputs: list[str]) -> list[Path]:
-    """Return the files that the inputs name, each once, in order: those of a directory or a glob are sorted."""
+    """Return the files that the inputs name, each once, in order. Those of a directory or a glob are sorted."""
     found = {}
     for given in map(os.path.expanduser, inputs):
         path = Path(given)
@@ -239,12 +239,12 @@ def find_files(inputs: list[str]) -> list[Path]:
         found |= {file.resolve(): file for file in sorted(paths)}
     for path in found.values():
         if kind_of(path) is None:
-            raise UserError(f"{path}: of no known kind, which are .jsonl (.gz, .bz2), .parquet, .txt, .xml (.bz2)")
+            raise UserError(f"{path}: of no known kind; known are .jsonl (.gz, .bz2), .parquet, .txt, .xml (.bz2)")
     return list(found.values())
 
 
 def pieces(files: list[Path]) -> Iterator[Piece]:
-    """Yield all pieces of all files, in order. Raises UserError for an empty or damaged file; so does a piece."""
+    """Yield all pieces of all files, in order. Raises UserError for an empty or damaged file, as does a piece."""
     for kind, group in groupby(files, kind_of):
         if kind == "*.txt":
             while texts := list(islice(group, 100)):  # one small file would be too small a piece

@@ -4,12 +4,12 @@
     python export.py out/run --to hf/llama --llama_cpp    for llama.cpp, whose converter then makes run.gguf:
     python llama.cpp/convert_hf_to_gguf.py hf/llama --outtype=f32 --outfile=run.gguf
 
-model.safetensors, config.json    out_dir/best.pt in float32, in the form of Qwen3ForCausalLM, which is model.py's
+model.safetensors, config.json    out_dir/best.pt in float32, as a Qwen3ForCausalLM, the architecture of model.py
 tokenizer.json, vocab.json, ...   GPT-2's vocabulary; a text begins with <|endoftext|>, as every article did in training
 generation_config.json            the defaults of sample.py
 README.md                         the model card: curriculum, data, validation, licence of the text
 
-At the end transformers computes the logits of a window from the folder, which must equal model.py's.
+At the end transformers opens the folder and computes a window's logits, which must agree with model.py's.
 """
 
 import json
@@ -34,7 +34,7 @@ try:
     import transformers
     from safetensors import SafetensorError
 except ImportError:
-    transformers = None  # main() says what is missing
+    transformers = None  # main() prints what is missing
 
 CARD = Path(__file__).with_name("model_card.md")  # with {names} to fill in
 QWEN3_NAMES = {"embed.": "embed_tokens.", "blocks.": "layers.", ".attn.": ".self_attn."}
@@ -42,7 +42,7 @@ QWEN3_NAMES |= {".attn_norm.": ".input_layernorm.", ".mlp_norm.": ".post_attenti
 
 
 def write_model(folder: Path, model: GPT) -> None:
-    """Write the weights, the form of the model, and how to sample from it."""
+    """Write the weights, config.json and generation_config.json."""
     config = model.config
     sizes = {"vocab_size": config.vocab_size, "hidden_size": config.n_embd, "intermediate_size": config.n_hidden}
     layers = {"num_hidden_layers": config.n_layer, "rms_norm_eps": config.norm_eps, "tie_word_embeddings": True}
@@ -62,8 +62,8 @@ def write_model(folder: Path, model: GPT) -> None:
 
 
 def write_tokenizer(folder: Path, max_seq_len: int, llama_cpp: bool = False) -> None:
-    """Write GPT-2's two files, under the names that transformers has for them, and the tokenizer made of them."""
-    gpt2_encoding()  # after this tiktoken has the files, checked
+    """Write GPT-2's two files, under transformers' names for them, and the tokenizer made of them."""
+    gpt2_encoding()  # after this, tiktoken's cache has the files, checked
     files = [folder / "vocab.json", folder / "merges.txt"]
     for path, original in zip(files, ("encoder.json", "vocab.bpe")):
         path.write_bytes(read_file_cached(GPT2_URL + original))
@@ -72,7 +72,7 @@ def write_tokenizer(folder: Path, max_seq_len: int, llama_cpp: bool = False) -> 
     how = {"add_bos_token": True, "split_special_tokens": True, "padding_side": "left", "pad_token": "<|endoftext|>"}
     transformers.GPT2Tokenizer(*map(str, files), **how, model_max_length=max_seq_len).save_pretrained(folder)
     changes = {"tokenizer.json": {"post_processor": None}, "tokenizer_config.json": {"add_bos_token": True}}
-    for name, entry in changes.items() if llama_cpp else ():  # its converter hashes tokens without <|endoftext|>
+    for name, entry in changes.items() if llama_cpp else ():  # llama.cpp hashes tokens without <|endoftext|>
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_bytes()) | entry), encoding="utf-8")
 
 
@@ -99,7 +99,7 @@ def model_card(name: str, model: GPT, state: dict, out_dir: Path, llama_cpp: boo
 
 @torch.no_grad()
 def largest_difference(folder: Path, model: GPT) -> float:
-    """Return how far transformers' logits of a longest window, computed from the folder alone, are from the model's."""
+    """Return how far transformers' logits of a full window, from the folder alone, are from the model's logits."""
     tokens = torch.randint(VOCAB_SIZE, (1, model.max_seq_len), generator=torch.Generator().manual_seed(0))
     logits, qwen3_logits = model(tokens), transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
     difference = (qwen3_logits - logits).abs().max().item()
@@ -111,10 +111,10 @@ def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description="Export out_dir/best.pt as a folder that transformers opens.")
     parser.add_argument("out_dir", type=os.path.expanduser, help="of the training run")
     parser.add_argument("--to", type=os.path.expanduser, required=True, help="the folder to make")
-    parser.add_argument("--llama_cpp", action="store_true", help="with the tokenizer that llama.cpp's converter knows")
+    parser.add_argument("--llama_cpp", action="store_true", help="write the tokenizer that llama.cpp's converter knows")
     args = parser.parse_args()
     if transformers is None:
-        raise UserError("an export takes transformers and safetensors: pip install transformers safetensors")
+        raise UserError("an export needs transformers and safetensors: pip install transformers safetensors")
     transformers.utils.logging.disable_progress_bar()
     out_dir, folder = Path(args.out_dir), Path(args.to)
     model, state = load_model(out_dir / "best.pt")

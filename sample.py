@@ -29,11 +29,11 @@ from model import GPT, GPTConfig, on_machine
 from packages import gpt2_encoding
 from settings import ONE_OF, UserError, user_errors
 
-TEMPERATURE, TOP_K = 0.8, 200  # defaults, also of an export; nobody tuned them
+TEMPERATURE, TOP_K = 0.8, 200  # defaults, also of an export; not tuned
 
 
 class Cache:
-    """Every layer's keys and values of the `length` tokens seen so far, in float32: faster on a CPU for one query."""
+    """Every layer's keys and values of the `length` tokens seen so far. float32 is faster on a CPU for one query."""
 
     def __init__(self, config: GPTConfig, batch_size: int, max_seq_len: int, device: torch.device):
         shape = (config.n_layer, batch_size, config.n_head, max_seq_len, config.head_dim)
@@ -45,7 +45,7 @@ class Cache:
 def extend(model: GPT, cache: Cache, tokens: Tensor) -> Tensor:
     """Append tokens (B, T) to those in the cache and return logits (B, V) of the token after them."""
     start, end = cache.length, cache.length + tokens.shape[1]
-    assert start in (0, end - 1) and end <= cache.keys.shape[3]  # several more tokens would see each other's future
+    assert start in (0, end - 1) and end <= cache.keys.shape[3]  # several later tokens would see each other's future
     with model.autocast():
         x = model.embed(tokens).to(model.stream)
         for block, keys, values in zip(model.blocks, cache.keys, cache.values):
@@ -57,8 +57,8 @@ def extend(model: GPT, cache: Cache, tokens: Tensor) -> Tensor:
 def next_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Return the tokens that may follow and their weights, both (B, K), likeliest first, from logits (B, V).
 
-    K is top_k (0 for all), or 1 at temperature 0. Of these the fewest whose probabilities sum to top_p keep a weight
-    (nucleus sampling, Holtzman et al. 2020); the others weigh 0. Ids that pad the vocabulary are left out.
+    K is top_k (0 for all), or 1 at temperature 0. Of these, the fewest whose probabilities sum to top_p keep a
+    weight; the others get 0 (nucleus sampling, Holtzman et al. 2020). Ids that pad the vocabulary are left out.
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
@@ -72,7 +72,7 @@ def next_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: fl
 def generate(
     model: GPT, prompt: list[int], samples: int, n: int, seed: int, temperature: float, top_k: int, top_p: float
 ) -> Iterator[list[int]]:
-    """Yield each sample's next token, up to n times or until all have ended; an ended one repeats ENDOFTEXT."""
+    """Yield each sample's next token, up to n times or until all have ended. An ended sample repeats ENDOFTEXT."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU: what a seed draws does not depend on the device
     cache = Cache(model.config, samples, model.max_seq_len, model.device)
     last, ended = torch.tensor([prompt] * samples), torch.zeros(samples, 1, dtype=torch.bool)
@@ -117,10 +117,10 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="0 always takes the likeliest token")
     parser.add_argument("--top_k", type=int, default=TOP_K, help="draw from the top_k likeliest tokens; 0 for all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="and from the likeliest that sum to this probability")
+    parser.add_argument("--top_p", type=float, default=1.0, help="and from the fewest that sum to this probability")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=ONE_OF["dtype"], help="auto takes what is fast here")
+    parser.add_argument("--dtype", default="auto", choices=ONE_OF["dtype"], help="auto picks a fast one")
     args = parser.parse_args()
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0:
         raise UserError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1")
