@@ -1,15 +1,15 @@
-"""The run that this project is for: GPT-2 size on Wikipedia through nine stages, 17 hours on one RTX 4090 by plan.
+"""The run that this project is for: GPT-2 size on Wikipedia through nine stages, an estimated 17 hours on one RTX 4090.
 
 python train.py config/curriculum9.py --data_dir=data/wiki --out_dir=out/curriculum9
 """
 
 out_dir = "out/curriculum9"
 
-# The table is the plan's. On small models and 0.6M tokens (bench/log.md) lengths that double end 0.10 nats lower,
-# and a rate that falls linearly 0.04 lower than by these factors. That is far from this size: sprint.py tries lengths
-# that double and a long fall.
+# The table is the plan's. In small models, after 0.6M tokens, lengths that double ended 0.10 nats lower (bench/log.md).
+# A rate that falls linearly ended 0.04 nats lower than one with these factors. Both are far from this size: sprint.py
+# tries doubling and a long fall.
 #
-# from step, seq_len, batch_size, lr_scale; a batch is as many windows as 16,384 tokens make
+# from step, seq_len, batch_size, lr_scale; a batch is as many windows as fit in 16,384 tokens
 stages = (
     (0, 64, 256, 11.3),  # token relationships and common words
     (2_000, 128, 128, 7.0),  # phrases
@@ -24,23 +24,23 @@ stages = (
 max_steps = 100_000
 
 # Published best rates of Muon at 124M to 130M, in batches 32 times as large, are 1.8e-3 to 3.6e-3 (modded-nanogpt's
-# records of October 2024; Wen et al. 2025). Smaller batches want smaller rates: by the square root 0.3e-3 to 0.6e-3, by
-# the power 0.3, as AdamW's best rates fall (Marek et al. 2025), 0.6e-3 to 1.3e-3. The table's factors average 0.9.
-# Small models here make it 0.45e-3 to 0.7e-3, from much further away (bench/log.md).
+# records of October 2024; Wen et al. 2025). Smaller batches want lower rates. Scaled by the square root of the
+# batch these are 0.3e-3 to 0.6e-3. Scaled by its power 0.3, as AdamW's best rates (Marek et al. 2025), they are 0.6e-3
+# to 1.3e-3. Our small models suggest 0.45e-3 to 0.7e-3, from far away (bench/log.md). The table's factors average 0.9.
 learning_rate = 6e-4
-# The table's first rate, 6.8e-3, is above all of these. At 130M AdamW diverged at 8e-3 with 500 steps of warmup and did
+# The table's first rate, 6.8e-3, is above all of these. At 130M, AdamW diverged at 8e-3 with 500 steps of warmup, but
 # not with 1,000 (Wen et al. 2025).
 warmup_steps = 1_000
-weight_decay = 0.1  # with Muon at 130M better than 0 by 0.06 nats and than 0.2 by 0.01 (Wen et al. 2025)
-# A steady rate with a cooldown does as well as cosine (Haegele et al. 2024). A fifth of the steps is a guess: on small
-# models it gained 0.016 and 0.03 nats and a half lost 0.02, one seed each, which is what seeds differ by
-# (bench/log.md).
+weight_decay = 0.1  # with Muon at 130M, 0.06 nats better than 0 and 0.01 better than 0.2 (Wen et al. 2025)
+# A constant rate with a cooldown does as well as a cosine (Haegele et al. 2024). A fifth of the steps is a guess. In
+# small models a fifth gained 0.016 and 0.03 nats, and a half lost 0.02 (bench/log.md). Each had one seed, and seeds
+# differ by as much.
 cooldown_steps = 20_000
 phases = (("foundation", 12_000), ("comprehension", 35_000), ("mastery", 100_000))
 
-# What the plan expects of validation perplexity at the stage's own length. Its two bounds, under 500 at 12,000 steps
-# and under 50 at 35,000, are not points: what is interpolated there lies below both. How the plan reads a number:
-# perplexity under 50 is good, under 30 great, under 20 excellent; accuracy over 10 % is good, over 20 % great.
+# The plan's validation perplexity at each stage's length. Its bounds, under 500 at 12,000 steps and under 50 at 35,000,
+# are not in this list: interpolation is below both. The plan calls perplexity under 50 good, under 30 great and
+# under 20 excellent, and accuracy over 10 % good and over 20 % great.
 plan_ppl = (
     (2_000, 5_000),
     (5_000, 1_000),

@@ -1,4 +1,4 @@
-"""The whole curriculum, small: the same table and true window lengths, in three to ten minutes on two CPU cores.
+"""The whole curriculum in miniature: the same stages and window lengths, in three to ten minutes on two CPU cores.
 
 make demo, or: python train.py config/demo.py
 """
@@ -8,7 +8,7 @@ from config import curriculum9
 data_dir = "data/sample"
 out_dir = "out/demo"
 
-# 100,000 steps of 16,384 tokens become 426 of 2,048: at the end one window a step.
+# 100,000 steps of 16,384 tokens become 426 of 2,048: one window per step at the end.
 stages = tuple((round(s / 235), length, max(1, round(b / 8)), lr) for s, length, b, lr in curriculum9.stages)
 max_steps = 426
 
@@ -16,9 +16,9 @@ n_layer = 4
 n_head = 3
 n_embd = 192
 
-learning_rate = 6e-3  # a guess; 3e-3 to 8e-3 end much alike
+learning_rate = 6e-3  # a guess; 3e-3 to 8e-3 end about the same
 cooldown_steps = 85
-warmup_steps = 64  # in so short a run the first factors are for the warmup to hold down
+warmup_steps = 64  # long for a run this short, to hold down the table's first factors
 eval_interval = 142
 eval_tokens = 24_576
 checkpoint_interval = 142

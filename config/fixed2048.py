@@ -1,4 +1,4 @@
-"""As many tokens as curriculum9.py, its model and its learning rates, in windows of 2,048 throughout.
+"""The model, tokens and learning rates of curriculum9.py, in windows of 2,048 throughout.
 
 python train.py config/fixed2048.py --data_dir=data/wiki
 """
