@@ -1,19 +1,19 @@
-"""Where the time of an optimizer step goes, by torch's profiler, and how fast its products run.
+"""Show where the time of an optimizer step goes, by torch's profiler, and how fast its matrix products run.
 
     python bench/breakdown.py config/curriculum9.py --data_dir=data/sample --stages="[(0, 512, 32, 1.0)]" [--key=value]
 
-Times a step of the first stage's shape, after two that compile and find their memory: once as it is, then with the
-profiler. The time of every operation itself (on a GPU: of the kernels that it started) goes to one of these parts:
+Times steps of the first stage's shape: one plain, then one under the profiler, after two that compile and allocate.
+Each operation's own time, on a GPU that of the kernels it started, goes to one of these parts:
 
     products           of the blocks' matrices, forward and backward
-    head's products    and loss: all else in model.CrossEntropy
+    head's products    in model.CrossEntropy; `loss` is the rest of model.CrossEntropy
     attention          torch's kernels, forward and backward
-    muon, adamw        Muon's products among it
+    muon, adamw        the optimizers, with Muon's products
     the rest           norms, rotary, SwiGLU, residuals, the embedding, clipping
-    no operation       what is left of the step, the profiler's own time among it
+    no operation       the remaining time of the step, with the profiler's own
 
-MFU is of the step without the profiler, as a share of throughput.py's peak_rate. The last figure is the MFU if products
-and attention, which are torch's, were all that takes time.
+MFU is that of the plain step, as a share of throughput.py's peak_rate. The last figure is the MFU if only products and
+attention, which are torch's, took time.
 """
 
 import sys
@@ -38,7 +38,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::_mkl_
 
 
 def part_of(event) -> str:
-    """Return the part that an operation belongs to, by its name and what called it."""
+    """Return the part that an operation belongs to, by its name and its callers."""
     callers, at = [], event
     while at:
         callers.append(at.name)
@@ -55,8 +55,8 @@ def part_of(event) -> str:
 
 
 def muon_flops(model: GPTConfig) -> int:
-    """Return the FLOPs of an update. In each of five rounds an m x n matrix X (m <= n) takes 2 m^2 n for X X', 2 m^3
-    for its square, and 2 m^2 n for that times X."""
+    """Return the FLOPs of an update. In each of five rounds an m x n matrix X with m <= n takes 2 m^2 n for X X', 2 m^3
+    for the square of X X', and 2 m^2 n for the product with X."""
     C, H = model.n_embd, model.n_hidden
     return model.n_layer * sum(count * 5 * (4 * C * C * n + 2 * C**3) for count, n in ((4, C), (3, H)))
 

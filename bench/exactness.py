@@ -1,4 +1,4 @@
-"""Two comparisons of training runs that should be the same.
+"""Compare training runs that should give the same result.
 
     python bench/exactness.py [kills|processes] [--kills 10] [--data_dir=data/sample] [--dtype=float32]
 
@@ -51,7 +51,7 @@ def log_of(out_dir: Path) -> list[dict]:
 
 
 def moment(out_dir: Path) -> str:
-    """Return what a killed run was doing, by the files that it left."""
+    """Return what a killed run was doing, judged by the files it left."""
     if any(out_dir.glob("*.tmp")):
         return "in a checkpoint"
     records = log_of(out_dir)
@@ -60,7 +60,7 @@ def moment(out_dir: Path) -> str:
 
 
 def stop_once(command: list[str], out_dir: Path, number: int, chance: random.Random) -> bool:
-    """Start the run and send it a signal at a random moment after it got further. Return False if it ended before."""
+    """Start the run, and send it a signal at a random moment after some progress. Return False if it ended first."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wanted = len(log_of(out_dir)) + chance.randint(1, 8)
     while process.poll() is None and len(log_of(out_dir)) < wanted:
@@ -74,7 +74,7 @@ def stop_once(command: list[str], out_dir: Path, number: int, chance: random.Ran
 
 
 def flat(value: object, path: str = "") -> dict[str, object]:
-    """Return all that a checkpoint holds by its place in it, tensors as bytes, without times and paths."""
+    """Return a checkpoint's values by their place, tensors as bytes, without times and paths."""
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list | tuple):
@@ -96,7 +96,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def kills(count: int, data_dir: str, dtype: str) -> bool:
-    """Print where the four runs were killed, and what differs. Return whether nothing does."""
+    """Print where the four runs were killed, and what differs. Return whether nothing differs."""
     chance, total = random.Random(0), 0
     for optimizer in ("adamw", "muon"):
         for compiled in (False, True):
@@ -129,14 +129,14 @@ SPLIT = SMALL | {"dtype": "float32", "compile": False}
 
 
 def gradients(data_dir: str, team: Team) -> list[dict[str, torch.Tensor]]:
-    """Return for each shape the gradients, summed over all processes, of one step from the first weights."""
+    """Return, for each shape, one step's gradients from the initial weights, summed over all processes."""
     config = Config(**SPLIT, data_dir=data_dir, grad_clip=0.0)
     model, _, scaler, data = set_up(config, 2_048)
     grads = []
     for step, (seq_len, batch_size) in enumerate(SHAPES):
         model.zero_grad()
         windows = data.train.random_windows(seq_len, batch_size, config.seed, step)
-        train_step(model, [], scaler, windows, 0.0, config, team)  # without optimizers the gradients stay
+        train_step(model, [], scaler, windows, 0.0, config, team)  # without optimizers, nothing clears the gradients
         grads.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
     return grads
 
@@ -149,7 +149,7 @@ def torchrun(count: int, *arguments: object) -> None:
 
 
 def processes(data_dir: str) -> None:
-    """Print the largest differences from one process's gradients, each relative to its largest entry, and losses."""
+    """Print the largest differences from one process: gradients, relative to their largest entry, and losses."""
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 2, 3):
             torchrun(count, __file__, data_dir, f"{folder}/{count}.pt")
@@ -179,8 +179,8 @@ def processes(data_dir: str) -> None:
 def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description="Compare killed runs, and several processes, with a plain run.")
     parser.add_argument("what", nargs="?", choices=("kills", "processes", "both"), default="both")
-    parser.add_argument("--kills", type=int, default=10, help="of each of the four runs")
-    parser.add_argument("--dtype", default="float32", help="of the killed runs")
+    parser.add_argument("--kills", type=int, default=10, help="stops of each of the four runs")
+    parser.add_argument("--dtype", default="float32", help="for the killed runs")
     parser.add_argument("--data_dir", type=a_path, default="data/sample")
     args = parser.parse_args()
     if args.what != "kills":

@@ -7,8 +7,8 @@ large panel    training and validation loss, with perplexity on the right; valid
 small panels   validation minus training loss, learning rate, tokens/s
 
 One run's picture is out/a/loss.png. Several runs share ./loss.png, with the stages and plan of the first. Two tables
-compare them: the configuration keys that differ, by their checkpoints, and the loss at the last length after the same
-tokens, FLOPs and training time. Evaluations and checkpoints do not count as training time, compiling does.
+compare them: the configuration keys that differ in their checkpoints, and the loss at the last length after the same
+tokens, FLOPs and training time. Training time includes compiling, but not evaluations and checkpoints.
 """
 
 import math
@@ -66,8 +66,8 @@ def read_run(out_dir: Path) -> Run:
 def x_at(run: Run, steps: np.ndarray, x: str) -> np.ndarray:
     """Return where `steps` finished steps are on the axis x: "step", "tokens", "flops" or one of SECONDS.
 
-    Linear between (0, 0) and the records; after the last training record, as fast as at that record. The tokens since
-    the record before it cost FLOPs by the record's own seq_len.
+    Interpolate linearly from (0, 0) through the records, and continue after the last training record at its rate. A
+    record's seq_len gives the FLOPs of all tokens since the record before.
     """
     if x == "step":
         return steps
@@ -91,13 +91,13 @@ def stage_bands(run: Run) -> list[tuple[float, float, int]]:
 
 
 def smooth(values: np.ndarray, reach: int) -> np.ndarray:
-    """Return the mean of each value and up to `reach` on both sides, near the start as many after it as before it."""
+    """Return each value's mean with up to `reach` neighbours on both sides; near the start both sides shrink alike."""
     return np.array([values[i - min(reach, i) : i + min(reach, i) + 1].mean() for i in range(len(values))])
 
 
 LABELS = {"tokens": "tokens trained on", "flops": "training FLOPs", "step": "optimizer steps"}
 
-# The curves differ in line and marker, to be told apart in grey. Several runs have a colour and a marker each instead.
+# The curves differ in line and marker, so you can tell them apart in grey. Several runs differ in colour and marker.
 # markevery is a share of the panel's diagonal.
 CURVES = {
     "train": {"label": "training, smoothed", "color": "#2b7bba", "lw": 1.3, "markevery": 0.1},
@@ -109,7 +109,7 @@ RUNS = [("black", "o"), ("#d55e00", "^"), ("#0072b2", "s"), ("#cc79a7", "D"), ("
 
 
 def tick(value: float, _: int) -> str:
-    """Return 0.003, 250k, 1.5B, 2e18."""
+    """Return a label like 0.003, 250k, 1.5B or 2e18."""
     for unit, name in ((1e3, "k"), (1e6, "M"), (1e9, "B")):
         if unit <= value < 1000 * unit:
             return f"{value / unit:g}{name}"
@@ -144,13 +144,13 @@ def draw(runs: list[Run], x: str, to: Path) -> None:
     figure.suptitle(f"{'stages of ' * several}{first.out_dir}", fontsize=18)
     figure.align_ylabels(panels)
     try:
-        figure.savefig(to, dpi=150)  # in the format that the name ends with
+        figure.savefig(to, dpi=150)  # in the format of the name's suffix
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {to}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def draw_curves(panels: list, run: Run, x: str, own: dict) -> None:
-    """Draw what a run's log says. own: its colour and marker, if several runs share the panels."""
+    """Draw a run's curves. own: the run's colour and marker, if several runs share the panels."""
     loss, gap, rate, speed = panels
     of_train, of_last, of_val = (CURVES[curve] | own for curve in ("train", "last", "val"))
     train_x, evals_x = (x_at(run, records["step"], x) for records in (run.train, run.evals))
@@ -185,7 +185,7 @@ def set_axes(panels: list, end: float, xlabel: str) -> None:
     from matplotlib import ticker
 
     loss, gap, rate, speed = panels
-    # The first steps' losses may be outside the panel: they would press all others flat
+    # Leave the first steps' losses out of the limits: they would flatten all others
     late = np.concatenate([line.get_ydata()[line.get_xdata() >= 0.05 * end] for line in loss.lines])
     loss.set_ylim(np.nanmin(late, initial=11.8) - 0.2, min(np.nanmax(late, initial=0) + 0.2, 12))
     perplexity = loss.twinx()
@@ -212,7 +212,7 @@ FORMS = {"tokens": "{:,.0f}".format, "flops": "{:.2e}".format, "seconds": "{:,.1
 
 
 def differing_keys(configs: list[dict]) -> list[list[str]]:
-    """Return a row (key, each run's value) for each key that differs; of a table, a row for each of its rows."""
+    """Return a row (key, each run's value) for each key that differs. A table takes a row for each of its rows."""
     rows = []
     for key in sorted(configs[0].keys() - {"out_dir", "resume"}):
         values = [config[key] for config in configs]
@@ -225,7 +225,7 @@ def differing_keys(configs: list[dict]) -> list[list[str]]:
 def compare(runs: list[Run]) -> None:
     """Print the keys that differ, and each run's last_len_loss at the quarters of the work that all runs have done.
 
-    The loss is linear between evaluations. Raises UserError where the losses do not compare.
+    Losses are interpolated between evaluations. Raises UserError if the losses are not comparable.
     """
     names, configs = [str(run.out_dir) for run in runs], [run.config for run in runs]
     differing = differing_keys(configs)

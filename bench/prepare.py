@@ -1,12 +1,12 @@
-"""Measure prepare_wiki.py from JSON lines, Parquet and a dump: seconds, tokens/s and memory.
+"""Measure prepare_wiki.py on JSON lines, Parquet and a dump: seconds, tokens/s and memory.
 
     python bench/prepare.py [--copies 4 40] [--forms jsonl parquet dump] [--rounds 3] [--workers 4]
     python bench/prepare.py --copies 2000 --forms jsonl parquet --rounds 1      the plan's size; takes 9 GB in TMPDIR
 
-The input is copies of the sample's long articles, each under a title of its own. Every round prints a row. The last
-column is the share of the speed of the tokenizer alone: encode_ordinary_batch with as many threads as there are
-workers, on texts in memory, timed just before. Memory is the largest sum of the processes' PSS, which counts a page
-once, read every 0.2 s on Linux and 0 elsewhere.
+The input is copies of the sample's long articles, or of its dump, with a title for each copy. Every round makes a row.
+The last column is the speed as a share of the tokenizer's alone: encode_ordinary_batch on texts in memory, with one
+thread per worker, timed just before. Memory is the peak of the processes' summed PSS, which counts a shared page once.
+PSS is read every 0.2 s on Linux; elsewhere it is 0.
 """
 
 import bz2
@@ -41,7 +41,7 @@ def long_articles() -> list[dict]:
 
 
 def write_input(path: Path, articles: list[dict], copies: int) -> None:
-    """Write `copies` of the articles, or of the sample's dump, in the form that the file's name says."""
+    """Write `copies` of the articles, or of the sample's dump, in the form of the file's name."""
     if path.name == FORMS["dump"]:
         xml = bz2.decompress(sample_files()[0].read_bytes()).decode()
         start, end = xml.index("  <page>"), xml.rindex("</mediawiki>")
@@ -65,7 +65,7 @@ def write_input(path: Path, articles: list[dict], copies: int) -> None:
 
 
 def memory_of(pid: int) -> int:
-    """Return the bytes of a process and of all processes below it."""
+    """Return the PSS in bytes of a process and of all its descendants."""
     try:
         tasks = Path(f"/proc/{pid}/task").iterdir()
         children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
@@ -85,14 +85,14 @@ def prepare(source: Path, out: Path, workers: int) -> tuple[float, int, dict[str
         time.sleep(0.2)
     seconds = time.perf_counter() - started
     if process.returncode:
-        sys.exit(process.returncode)  # prepare_wiki.py has said why
+        sys.exit(process.returncode)  # prepare_wiki.py has printed why
     splits = json.loads((out / "meta.json").read_text())["splits"].values()
     return seconds, peak, {key: sum(split[key] for split in splits) for key in ("articles", "tokens")}
 
 
 def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description=__doc__.splitlines()[0])
-    parser.add_argument("--copies", type=int, nargs="+", default=[4, 40], help="of the articles, 0.5M tokens each")
+    parser.add_argument("--copies", type=int, nargs="+", default=[4, 40], help="copies to make, 0.5M tokens each")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count())

@@ -2,17 +2,17 @@
 
     python bench/recipe.py [VARIANT ...] [--data_dir=data/corpus --tokens=4e6 --seeds=2 --lrs 2e-3 4e-3 --key=value ...]
 
-A variant is a set of configuration keys, and a --key=value holds for all variants. train.py makes every run, in a
-process of its own, in out/recipe/NAME. A finished run leaves one file in --results and is not repeated; one that was
-stopped or killed continues where it was. At the end come tables of the listed runs; with --dry they come at once.
+A variant is a set of configuration keys; --key=value applies to all variants. train.py makes every run in its own
+process and in out/recipe/NAME. A finished run leaves one file in --results and is not repeated. A stopped or killed
+run resumes. At the end come tables of the listed runs; --dry prints them at once.
 
 budget    --tokens for every variant, to the nearest step, in steps of --batch_tokens. A tenth of the steps is warmup
-loss      of the last weights on 512 windows of 2,048, spread evenly over the held-out shards. With seed 0 also of the
-          same targets in windows cut shorter, which shows what context is worth
-error     the standard error over the windows, of which each is half an article; of a difference, over its windows' own
-at equal  the difference to the first variant where the cheapest run ends, on the curves of the logs' last_len_loss: a
-          last row that no run reaches makes it 2,048 for all. Seconds are training time, or with --rates=FILE tokens
-          over the rates of bench/throughput.py --to=FILE. FLOPs include Muon's, and take nanoGPT's model for ours
+loss      of the final weights on 512 windows of 2,048, spread evenly over the held-out shards. With seed 0 also of
+          the same targets in shorter windows, which shows what context is worth
+error     the standard error over windows, each about half an article; for a difference, over the windows' differences
+at equal  the difference from the first variant where the cheapest run ends, by the logs' last_len_loss. That
+          is at 2,048 for all, by a last row that no run reaches. Seconds are training time, or with --rates=FILE tokens
+          over the rates of bench/throughput.py --to=FILE. FLOPs include Muon's; nanoGPT counts as model.py's GPT
 """
 
 import hashlib
@@ -47,19 +47,19 @@ PLAN = Curriculum(curriculum9.stages, curriculum9.max_steps).stages
 TABLE = [(stage.tokens / sum(s.tokens for s in PLAN), stage.seq_len, stage.lr_scale) for stage in PLAN]
 LENGTHS = [(share, seq_len, 1.0) for share, seq_len, _ in TABLE]
 
-# rows are (share of the tokens, seq_len, lr_scale). After the warmup the rate falls to 0 over a share `fall` of the
-# steps, by default all of them. The other keys are train.py's. The variant nanogpt has a model and a rate of its own.
+# rows are (share of the tokens, seq_len, lr_scale). The rate falls to 0 over the last share `fall` of the steps after
+# warmup, by default all. The other keys are train.py's. nanogpt has its own model, optimizer and schedule.
 VARIANTS = {
     "nanogpt": {"rows": [(1.0, 2048, 1.0)], "learning_rate": 1e-3, "optimizer": "adamw"},
     "2048": {"rows": [(1.0, 2048, 1.0)]},
     "512": {"rows": [(1.0, 512, 1.0)]},
     "256": {"rows": [(1.0, 256, 1.0)]},
     "doubling": {"rows": [(0.25, seq_len, 1.0) for seq_len in (256, 512, 1024, 2048)]},
-    "lengths": {"rows": LENGTHS},  # the table's, with a linear fall
-    "table": {"rows": TABLE, "fall": 0.2},  # as it is: its factors and curriculum9's cooldown
+    "lengths": {"rows": LENGTHS},  # the table's lengths with a linear fall
+    "table": {"rows": TABLE, "fall": 0.2},  # with the table's factors and curriculum9's cooldown
     "reversed": {"rows": LENGTHS[::-1]},
 }
-# Early stopping would end a run before its budget. Of the evaluations' windows of 2,048, 16 make the curve (a guess).
+# Early stopping would end a run before its budget. Each last_len_loss is of 16 windows of 2,048 (a guess).
 SHARED = {"learning_rate": 4e-3, "n_layer": 4, "n_head": 4, "n_embd": 256, "micro_batch_tokens": 8_192, "resume": True,
           "eval_tokens": 4 * 16 * LAST_LEN, "patience": 1_000_000}  # fmt: skip
 POINTS = 10  # evaluations of a run, besides the first and those that end a stage (a guess)
@@ -69,8 +69,8 @@ WINDOWS, CUTS = 512, (64, 256, 1024)  # scored at the end
 def stages_of(rows: list[tuple[float, int, float]], batch_tokens: int, budget: float) -> tuple[tuple, int]:
     """Return a configuration's stages and max_steps, for steps of about `batch_tokens` and `budget` tokens in all.
 
-    A stage ends at the step at which the tokens trained on are nearest to what it and those before it may have. What
-    one has too many or too few, the next makes up for. A stage too short for a step is left out.
+    A stage ends at the step where the tokens trained on are nearest to the budget of all stages so far, so the next
+    stage makes up for the difference. A stage too short for one step is left out.
     """
     stages, step, trained, due = [], 0, 0, 0.0
     for share, seq_len, lr_scale in rows:
@@ -97,7 +97,7 @@ def config_of(run: dict, args: Namespace) -> Config:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# nanoGPT's recipe by default: GPT-2's form without biases or dropout, AdamW, and a cosine
+# nanoGPT's default recipe: GPT-2 without biases or dropout, AdamW, and a cosine
 
 
 class Block(nn.Module):
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 class GPT2(GPT):
-    """nanoGPT's model. Its loss, score and first weights are those of GPT; its positions are learned."""
+    """nanoGPT's model, with learned positions. Its loss, score and initial weights are those of GPT."""
 
     def __init__(self, config: GPTConfig, max_seq_len: int):
         super().__init__(config, max_seq_len)
@@ -152,11 +152,11 @@ def nanogpt_rate(config: Config, stage: Stage, step: int) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# A run: its variant, seed, budget, and the keys given for all
+# A run: its variant, seed and budget, and the keys given for all runs
 
 
 def result_path(run: dict, args: Namespace) -> Path:
-    """Return the file of a run: a name to read, and a hash of all that decides the run's outcome."""
+    """Return the file of a run, named by readable words and a hash of all that decides the outcome."""
     digest = hashlib.sha256(json.dumps([run, SHARED | VARIANTS[run["variant"]]]).encode()).hexdigest()[:8]
     words = [run["variant"], f"{run['tokens'] / 1e6:.1f}M", run["keys"]["learning_rate"], run["seed"], digest]
     return Path(args.results) / ("_".join(map(str, words)) + ".json")
@@ -164,7 +164,7 @@ def result_path(run: dict, args: Namespace) -> Path:
 
 @user_errors()
 def train_run(run: dict, args: Namespace) -> None:
-    """Train a run to its end, score the last weights, and write the file of results."""
+    """Train a run to its end, score the final weights, and write the file of results."""
     config = config_of(run, args)
     if is_nanogpt := run["variant"] == "nanogpt":
         train.GPT, train.make_optimizers, train.learning_rate = GPT2, nanogpt_optimizers, nanogpt_rate
@@ -179,7 +179,7 @@ def train_run(run: dict, args: Namespace) -> None:
     windows = data.val.fixed_windows(LAST_LEN, data.val.spread(LAST_LEN, WINDOWS * LAST_LEN))
     losses = {}
     for n in sorted({LAST_LEN, stages[-1].seq_len, *CUTS}) if run["seed"] == 0 else [LAST_LEN]:
-        # Each window as a shard of its own: its tiling by windows of n is the cut, and scores the same targets
+        # Each window becomes a shard: windows of n tile this shard and score the same targets
         cut = n, np.arange(LAST_LEN // n), data.token_bytes, config.micro_batch_tokens, Team()
         scores = [score_windows(model, Split([window]), *cut) for window in windows]
         losses[n] = [round(score.loss, 5) for score in scores]
@@ -197,7 +197,7 @@ def train_run(run: dict, args: Namespace) -> None:
 
 
 def spent(stages: list[Stage], step: int, costs: list[float]) -> float:
-    """Return what `step` steps cost, where costs has a step's in each stage."""
+    """Return the cost of `step` steps, where `costs` holds the cost of one step in each stage."""
     return sum(max(0, min(step, stage.end) - stage.start) * cost for stage, cost in zip(stages, costs))
 
 
@@ -206,7 +206,7 @@ def spent(stages: list[Stage], step: int, costs: list[float]) -> float:
 
 
 def read_result(path: Path, rates: dict[str, dict[str, float]] | None) -> dict:
-    """Return a finished run. With rates (tokens/s by program and length) its seconds are computed from them."""
+    """Return a finished run. Given rates, tokens/s by program and length, compute its seconds from the rates."""
     result = json.loads(path.read_text())
     if rates:
         stages = [Stage(*stage) for stage in result["stages"]]
@@ -218,7 +218,7 @@ def read_result(path: Path, rates: dict[str, dict[str, float]] | None) -> dict:
 
 
 def curve(group: dict[int, dict], axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return what was spent at each point and the loss at 2,048 there: means over seeds."""
+    """Return the cost of each point and the loss at 2,048 there, as means over seeds."""
     points = [[(point[axis], point["loss"]) for point in result["points"]] for result in group.values()]
     return tuple(np.mean(points, axis=0).T)
 
@@ -228,7 +228,7 @@ def mean_and_error(losses: np.ndarray, form: str) -> str:
 
 
 def tables(results: list[dict]) -> str:
-    """Return a table that compares all groups with the first, and one of what shorter windows cost seed 0."""
+    """Return a table that compares all groups with the first, and one of what shorter windows cost with seed 0."""
     groups: dict[tuple, dict[int, dict]] = {}
     for result in results:
         run = result["run"]

@@ -1,18 +1,17 @@
-"""Training speed and memory beside nanoGPT's train.py and transformers' GPT-2, and how a step's cost grows.
+"""Compare speed and memory with nanoGPT's train.py and transformers' GPT-2, and show how a step's cost grows.
 
     python bench/throughput.py --nanogpt=PATH [--n_layer=4 --n_head=4 --n_embd=256 --tokens=2048] [--device=cpu]
     python bench/throughput.py --nanogpt=PATH --n_layer=12 --n_head=12 --n_embd=768 --tokens=16384 --apart
-    python bench/throughput.py --sweep=lengths|models|tokens      our step alone, and the exponent of its time
+    python bench/throughput.py --sweep=lengths|models|tokens      only our step, and the exponent of its time
 
-At each stage's length every program makes optimizer steps of one batch of real tokens, compiled, in a process of its
-own. They take turns of --burst steps, --rounds times: a machine that slows down slows all of them. With --apart, for
-less memory, a program takes all its turns before the next one starts. nanoGPT's train.py runs unchanged, as it
-configures itself (float32 on a CPU), and there also in bf16, with its line for autocast changed. transformers' GPT-2
-runs under bf16 autocast with sdpa and fused AdamW. Ours is train.py's step with its default settings, with Muon and
-with AdamW, which the others use.
+At each stage's length every program makes compiled optimizer steps of one batch of real tokens, in its own process.
+Programs take turns of --burst steps, --rounds times: a machine that slows down slows all of them. With --apart, for
+less memory, a program takes all its turns before the next starts. nanoGPT's train.py runs unchanged, on a CPU in
+float32. There it also runs in bf16, with its autocast line changed. transformers' GPT-2 runs under bf16 autocast with
+sdpa and fused AdamW. "ours" is train.py's step with its default settings: with Muon, and with AdamW like the others.
 
-MFU is a share of a large product timed between the turns, or of a known GPU's datasheet. Memory is the largest of the
-whole process, on a GPU what torch allocated. --to=FILE.json keeps the median tokens/s for bench/recipe.py.
+MFU is a share of the rate of a large product timed between turns, or of a known GPU's datasheet. Memory is the peak of
+the whole process, on a GPU the peak that torch allocated. --to=FILE.json keeps the median tokens/s for bench/recipe.py.
 """
 
 import json
@@ -43,7 +42,7 @@ from settings import Config, UserError, user_errors  # noqa: E402
 from train import train_step  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------------------
-# The programs, each in a process that makes as many steps as it is told to, and waits
+# The programs: each process makes as many steps as it is told, reports, and waits
 
 
 def a_path(text: str) -> str:
@@ -51,7 +50,7 @@ def a_path(text: str) -> str:
 
 
 class Gate:
-    """What a program calls after every step. After a turn it reports, and waits to hear the next turn's steps.
+    """A function to call after every step. At a turn's end it reports, then reads the number of steps of the next turn.
 
     The first step is a turn of its own. A turn ends when the GPU is done.
     """
@@ -107,7 +106,7 @@ def run_transformers(args: Namespace, after_step: Gate) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     compiled = torch.compile(model)
     for step in range(10**9):
-        windows = data.train.random_windows(args.length - 1, args.batch, 0, step)  # it shifts them itself
+        windows = data.train.random_windows(args.length - 1, args.batch, 0, step)  # the model shifts the targets itself
         tokens = torch.from_numpy(windows).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             loss = compiled(tokens, labels=tokens).loss
@@ -119,7 +118,7 @@ def run_transformers(args: Namespace, after_step: Gate) -> None:
 
 
 def run_nanogpt(args: Namespace, after_step: Gate, bf16: bool) -> None:
-    """Run its train.py in a folder of its own, with a print that counts the lines that report a step."""
+    """Run nanoGPT's train.py in its own folder, with a print that counts the lines that report a step."""
     source = (Path(args.nanogpt) / "train.py").read_text()
     if bf16:
         source, unchanged = source.replace("nullcontext() if device_type == 'cpu' else ", ""), source
@@ -152,7 +151,7 @@ PROGRAMS = {
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The referee
+# Turns and their timing
 
 
 class Shape(NamedTuple):
@@ -160,11 +159,11 @@ class Shape(NamedTuple):
     n_head: int
     n_embd: int
     length: int
-    tokens: int  # of a step
+    tokens: int  # per step
 
 
 class Player:
-    """A program at work on one shape."""
+    """A program that trains on one shape in a process of its own."""
 
     def __init__(self, name: str, shape: Shape):
         flags = [f"--{key}={value}" for key, value in zip(("n_layer", "n_head", "n_embd", "lengths", "tokens"), shape)]
@@ -173,7 +172,7 @@ class Player:
         self.name, self.process = name, subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
     def read(self) -> float:
-        """Return the seconds of the turn that the program is at, and note its largest memory so far, in GiB."""
+        """Return the seconds of the program's current turn, and note its peak memory so far, in GiB."""
         line = self.process.stdout.readline()
         if not line:
             raise UserError(f"{self.name} has ended")
@@ -187,12 +186,12 @@ class Player:
 
 
 def take_turns(entrants: list[tuple[str, Shape]], args: Namespace) -> list[tuple[list[float], list[float], float]]:
-    """Return for each program and shape its seconds per step and the machine's peak, both by round, and its memory."""
+    """Return, for each program and shape, seconds per step and the machine's peak by round, and the peak memory."""
     players, seconds, peaks = [Player(*entrant) for entrant in entrants], [], []
     for player in players:
-        player.read()  # the first step compiles; all do so at once
+        player.read()  # the first step compiles, in all programs at once
     for player in players:
-        player.turn(2)  # the next ones find their memory
+        player.turn(2)  # the next steps allocate their memory
     for _ in range(args.rounds):
         seconds.append([player.turn(args.burst) for player in players])
         peaks.append(peak_rate(args.device, args.taken))
@@ -203,7 +202,7 @@ def take_turns(entrants: list[tuple[str, Shape]], args: Namespace) -> list[tuple
 
 
 def product_rate(device: str, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large product in dtype, the best of five or of what two seconds allow."""
+    """Return the FLOP/s of a large product in dtype, the best of five, or of those started within two seconds."""
     n = 2048 if device == "cpu" else 16384
     a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
     seconds = []
@@ -215,7 +214,7 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def peak_rate(device: str, dtype: torch.dtype) -> float:
-    """Return the FLOP/s that an MFU is a share of: of bf16 on a known GPU the datasheet's, else a large product's."""
+    """Return the peak FLOP/s for MFU: the datasheet's for bf16 on a known GPU, else a large product's."""
     name = torch.cuda.get_device_name() if device != "cpu" else ""
     return PEAK_FLOPS[name] if dtype == torch.bfloat16 and name in PEAK_FLOPS else product_rate(device, dtype)
 
@@ -226,7 +225,7 @@ def spread(values: list[float], form: str) -> str:
 
 
 def measure(entrants: list[tuple[str, Shape]], args: Namespace) -> tuple[list[list[str]], list[list[float]]]:
-    """Return a row of the table for each entrant, and its seconds per step. The first two entrants are ours."""
+    """Return a row of the table for each entrant, and its seconds per step. The first two are this project's."""
     groups = [[entrant] for entrant in entrants] if args.apart else [entrants]
     results = [result for group in groups for result in take_turns(group, args)]
     rows = []
@@ -244,7 +243,7 @@ def measure(entrants: list[tuple[str, Shape]], args: Namespace) -> tuple[list[li
 
 
 def sweep_of(what: str) -> tuple[list[float], list[Shape]]:
-    """Return sizes and their shapes: by length or model at the same tokens a step, or by those tokens."""
+    """Return sizes and their shapes: by length or model at equal tokens per step, or by tokens per step."""
     powers, models = [2**i for i in range(8)], [(2, 2, 128), small := (4, 4, 256), (8, 8, 512), (12, 12, 768)]
     if what == "lengths":
         return [64 * n for n in powers], [Shape(*small, 64 * n, 8192) for n in powers]
@@ -254,17 +253,17 @@ def sweep_of(what: str) -> tuple[list[float], list[Shape]]:
 
 
 def exponent(sizes: list[float], seconds: list[list[float]]) -> str:
-    """Return the slope of log(seconds) over log(size), fitted to each round, by its spread."""
+    """Return the slope of log(seconds) over log(size), fitted to each round, with its spread."""
     return spread([np.polyfit(np.log(sizes), np.log(one_round), 1)[0] for one_round in zip(*seconds)], ".2f")
 
 
 def main() -> None:
-    parser = ArgumentParser(usage=SUPPRESS, description="Time training steps beside nanoGPT's and transformers'.")
-    parser.add_argument("--nanogpt", type=a_path, help="a checkout of nanoGPT; without it, it is left out")
+    parser = ArgumentParser(usage=SUPPRESS, description="Compare training steps with nanoGPT's and transformers'.")
+    parser.add_argument("--nanogpt", type=a_path, help="a checkout of nanoGPT; by default nanoGPT is left out")
     for key, value in {"n_layer": 4, "n_head": 4, "n_embd": 256, "tokens": 2048, "rounds": 5, "burst": 4}.items():
         parser.add_argument(f"--{key}", type=int, default=value)
     parser.add_argument("--lengths", type=int, nargs="+", default=sorted({row[1] for row in curriculum9.stages}))
-    parser.add_argument("--sweep", choices=("lengths", "models", "tokens"), help="our step alone, over one size")
+    parser.add_argument("--sweep", choices=("lengths", "models", "tokens"), help="time only our step, over one size")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", help="of our matrix products")
     parser.add_argument("--data_dir", type=a_path, default="data/sample")
@@ -275,7 +274,7 @@ def main() -> None:
     if args.play:
         args.length, args.batch = args.lengths[0], max(1, args.tokens // args.lengths[0])
         reports = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what a program prints is not taken for a report
+        os.dup2(2, 1)  # keep a program's own prints out of its reports
         return PROGRAMS[args.play](args, Gate(reports, args.device))
 
     args.taken = on_machine(GPT(GPTConfig(1, 1, 2), 1), args.device, args.dtype).dtype
@@ -286,7 +285,8 @@ def main() -> None:
         sizes, shapes = sweep_of(args.sweep)
         rows, seconds = measure([("ours", shape) for shape in shapes], args)
         return print(format_table(header, rows), f"exponent of a step's time: {exponent(sizes, seconds)}", sep="\n")
-    left_out = ("nanoGPT",) if not args.nanogpt else ("nanoGPT bf16",) if args.device != "cpu" else ()  # the same there
+    # On a GPU, nanoGPT configures itself for bf16 already
+    left_out = ("nanoGPT",) if not args.nanogpt else ("nanoGPT bf16",) if args.device != "cpu" else ()
     names = [name for name in PROGRAMS if not name.startswith(left_out)]
     table, rates = [], {}
     for length in args.lengths:
