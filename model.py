@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from settings import UserError
 
-USE_STATIC_SHAPES = False  # on a GPU, compile blocks for each stage: 42.1 ms, not 44.8. Not yet run in this form
+USE_STATIC_SHAPES = False  # a GPU compiles blocks per stage: saves 2.7 of 44.8 ms (bench/log.md). Not yet run in this form
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class GPT(nn.Module):
 
 
 def fast_dtype(device: torch.device, rows: int, inner: int, columns: int) -> str:
-    """Return the fast dtype for matrix products. On a CPU, bfloat16 is 0.5 to 3 times as fast as float32, so time a
+    """Return the fast dtype for matrix products. On a CPU, bfloat16 is 0.2 to 3 times as fast as float32, so time a
     product of (rows, inner) by (inner, columns). Process 0 decides for all."""
     if device.type != "cpu":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
