@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from settings import UserError
 
-USE_STATIC_SHAPES = False  # a GPU compiles blocks per stage: saves 2.7 of 44.8 ms (bench/log.md). Not yet run in this form
+USE_STATIC_SHAPES = False  # compiling blocks per stage saves a GPU 2.7 of 44.8 ms (bench/log.md); not yet run here
 
 
 @dataclass(frozen=True)

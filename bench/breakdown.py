@@ -100,7 +100,7 @@ def main() -> None:
         rows.append([part, f"{1000 * own:,.1f}", f"{own / total:.0%}", *speeds])
     print(format_table(["part", "ms", "of the step", "TFLOP", "TFLOP/s", "of the rate"], rows))
     torchs = sum(seconds[part] for part in ("products", "head's products", "attention"))
-    print(f"\nMFU {all_flops / plain / rate:.0%}; if products and attention took all the time, {all_flops / torchs / rate:.0%}")
+    print(f"\nMFU {all_flops / plain / rate:.0%}; with products and attention alone, {all_flops / torchs / rate:.0%}")
 
 
 if __name__ == "__main__":
