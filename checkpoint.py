@@ -4,7 +4,7 @@
     prev.pt    the previous last.pt                      log.jsonl    one record per logged step and evaluation
 
 A kill at any moment is harmless. The log reaches the disk before the checkpoint that stores its length. A checkpoint
-gets its name once all of it is on the disk. Resuming truncates the log to the stored length.
+gets its name once it is all on the disk. Resuming truncates the log to the stored length.
 """
 
 import dataclasses

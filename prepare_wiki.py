@@ -193,7 +193,7 @@ def prepare(files: list[Path], work: Path, source: list[dict], options: dict, ma
 
 
 def claim(out: Path) -> Path:
-    """Make the folder of unfinished files inside OUT, and keep other runs out of it until this process ends."""
+    """Make the folder of unfinished files inside OUT, and keep other runs out until this process ends."""
     work = out / "prepare_wiki.unfinished"
     work.mkdir(parents=True, exist_ok=True)
     lock = os.open(work / "lock", os.O_CREAT | os.O_RDWR)  # never closed: that would unlock it
