@@ -92,7 +92,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def line_pieces(path: Path, lines: Iterable[bytes] | None = None, title_in_xml: bool = False) -> Iterator[Piece]:
-    """Yield the pieces of a file, or of the lines that another reader makes from that file. A piece carries its lines."""
+    """Yield the pieces of a file, or of lines that another reader makes. A piece carries its lines."""
     block, size, first = [], 0, 1
     for number, line in enumerate(lines or read_lines(path), 1):
         block.append(line)
