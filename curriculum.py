@@ -17,8 +17,6 @@ from settings import Config, UserError, load_config, user_errors
 PEAK_FLOPS = {"NVIDIA GeForce RTX 3090": 71e12, "NVIDIA GeForce RTX 4090": 165.2e12, "NVIDIA A100-SXM4-40GB": 312e12,
               "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # fmt: skip
 
-PLANNED_CORPUS = {"articles": 225_870, "tokens": 874_000_000}  # curriculum9.py's plan, training articles only
-
 
 class Stage(NamedTuple):
     """One row of the table, and the step at which it ends."""
@@ -130,7 +128,7 @@ def main() -> None:
     speeds = [text.removeprefix("--speed=") for text in sys.argv[1:] if text not in argv]
     if not all(text.isdecimal() and int(text) for text in speeds):
         raise UserError(f"--speed={speeds[-1]} is not a whole number of tokens/s")
-    corpus, counts = "the plan's corpus", PLANNED_CORPUS
+    corpus, counts = "the plan's corpus", {"articles": 225_870, "tokens": 874_000_000}  # training articles only
     if any(argument.startswith("--data_dir=") for argument in argv):
         corpus = config.data_dir
         counts = open_dataset(corpus, Curriculum(config.stages, config.max_steps).max_len).meta["splits"]["train"]

@@ -16,8 +16,9 @@ USE_CUDA_GRAPH = False  # not yet run on a GPU in this form
 def gradient_function(model: GPT, parts: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Return model.add_gradients, or its GradientGraph if USE_CUDA_GRAPH and the step is one micro-batch on a GPU."""
     if not USE_CUDA_GRAPH or model.device.type != "cuda" or parts != 1:
+        model.graph = None  # free the memory of a former stage's graph
         return model.add_gradients
-    if not hasattr(model, "graph"):
+    if getattr(model, "graph", None) is None:
         model.graph = GradientGraph(model)
     return model.graph
 

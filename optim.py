@@ -9,6 +9,8 @@ from torch import Tensor
 from model import GPT
 from settings import Config
 
+SHARE_ON_GPU = False  # several GPUs each do all of Muon: sharing exchanges 170 MB more a step. Not yet run there
+
 
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """Return AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest. train_step sets lr."""
@@ -50,10 +52,10 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Return matrices (N, I, O) of type dtype with the same singular vectors, and singular values from 0.7 to 1.2.
     Takes five Newton-Schulz steps with the coefficients of Jordan et al. 2024. Several processes share the work."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    is_shared = dist.is_initialized() and (SHARE_ON_GPU or not matrices.is_cuda)
+    rank, count = (dist.get_rank(), dist.get_world_size()) if is_shared else (0, 1)
     share = slice(len(matrices) * rank // count, len(matrices) * (rank + 1) // count)
-    x = matrices[share]
-    is_tall = x.shape[1] > x.shape[2]
+    x, is_tall = matrices[share], matrices.shape[1] > matrices.shape[2]
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     x = (x.mT if is_tall else x).to(dtype, memory_format=torch.contiguous_format)
     for _ in range(5):
@@ -61,6 +63,6 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     updates = torch.zeros_like(matrices, dtype=dtype)
     updates[share] = x.mT if is_tall else x
-    if count > 1:
-        dist.all_reduce(updates)  # the other shares are zeros here: the bits are those of one process
+    if is_shared:
+        dist.all_reduce(updates)  # the other shares are zeros here: all processes get the same bits
     return updates

@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="and from the fewest that sum to this probability")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=ONE_OF["dtype"], help="auto picks a fast one")
+    parser.add_argument("--dtype", default="auto", choices=ONE_OF["dtype"], help="name one to repeat a text")
     args = parser.parse_args()
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0:
         raise UserError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1")

@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import graph  # noqa: E402
 from bench.throughput import peak_rate, set_up  # noqa: E402
 from curriculum import Curriculum, format_table  # noqa: E402
 from model import GPTConfig  # noqa: E402
@@ -62,6 +63,7 @@ def muon_flops(model: GPTConfig) -> int:
 
 
 def main() -> None:
+    graph.USE_CUDA_GRAPH = False  # the profiler cannot tell which operation started a kernel of a graph
     config = load_config(sys.argv[1:])
     curriculum = Curriculum(config.stages, config.max_steps)
     stage = curriculum.stages[0]

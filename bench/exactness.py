@@ -1,6 +1,6 @@
 """Compare training runs that should give the same result.
 
-    python bench/exactness.py [kills|processes] [--kills 10] [--data_dir=data/sample] [--dtype=float32]
+    python bench/exactness.py [kills|processes] [--kills 10] [--data_dir=data/sample]
 
 kills       four small runs, with both optimizers, eager and compiled. Each is stopped --kills times at random moments,
             two thirds by SIGKILL and the others by SIGTERM, and resumed. Final weights, optimizers, Progress and log
@@ -95,14 +95,14 @@ def differences(one: Path, other: Path) -> list[str]:
     return found + [f"log line {i + 1}" for i, (a, b) in enumerate(itertools.zip_longest(*logs)) if a != b]
 
 
-def kills(count: int, data_dir: str, dtype: str) -> bool:
+def kills(count: int, data_dir: str) -> bool:
     """Print where the four runs were killed, and what differs. Return whether nothing differs."""
     chance, total = random.Random(0), 0
     for optimizer in ("adamw", "muon"):
         for compiled in (False, True):
             with tempfile.TemporaryDirectory() as folder:
                 unbroken, killed = Path(folder) / "unbroken", Path(folder) / "killed"
-                keys = KILLED | {"data_dir": data_dir, "optimizer": optimizer, "compile": compiled, "dtype": dtype}
+                keys = KILLED | {"data_dir": data_dir, "optimizer": optimizer, "compile": compiled, "dtype": "float32"}
                 command = [sys.executable, "train.py", "config/demo.py", *(f"--{k}={v}" for k, v in keys.items())]
                 subprocess.run([*command, f"--out_dir={unbroken}"], cwd=ROOT, check=True, capture_output=True)
                 command.append(f"--out_dir={killed}")
@@ -115,9 +115,8 @@ def kills(count: int, data_dir: str, dtype: str) -> bool:
                 subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
                 found = differences(killed, unbroken)
             total += len(found)
-            said = f"{optimizer}, {'compiled' if compiled else 'eager'}, {dtype}: killed "
-            said += ", ".join(f"{n} {how}" for how, n in fell.items())
-            print(f"{said}; differs: {', '.join(found[:4]) or 'nothing'}", flush=True)
+            places = ", ".join(f"{n} {place}" for place, n in fell.items())
+            print(f"{optimizer}, {compiled=}: killed {places}; differs: {', '.join(found[:4]) or None}", flush=True)
     return total == 0
 
 
@@ -180,12 +179,11 @@ def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description="Compare killed runs, and several processes, with a plain run.")
     parser.add_argument("what", nargs="?", choices=("kills", "processes", "both"), default="both")
     parser.add_argument("--kills", type=int, default=10, help="stops of each of the four runs")
-    parser.add_argument("--dtype", default="float32", help="for the killed runs")
     parser.add_argument("--data_dir", type=a_path, default="data/sample")
     args = parser.parse_args()
     if args.what != "kills":
         processes(args.data_dir)
-    if args.what != "processes" and not kills(args.kills, args.data_dir, args.dtype):
+    if args.what != "processes" and not kills(args.kills, args.data_dir):
         sys.exit(1)
 
 

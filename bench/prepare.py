@@ -111,7 +111,7 @@ def main() -> None:
                 speed = counts["tokens"] / seconds
                 rows.append([form, f"{counts['articles']:,}", f"{counts['tokens']:,}", f"{seconds:.1f}",
                              f"{speed:,.0f}", f"{peak / 2**20:,.0f}", f"{speed / alone:.0%}"])  # fmt: skip
-    print(f"{args.workers} workers on {os.cpu_count()} cores")
+    print(f"{args.workers} workers on {os.cpu_count()} cores\n")
     print(format_table(["form", "articles", "tokens", "seconds", "tokens/s", "peak MiB", "of the tokenizer"], rows))
 
 

@@ -278,6 +278,7 @@ def main() -> None:
         return PROGRAMS[args.play](args, Gate(reports, args.device))
 
     args.taken = on_machine(GPT(GPTConfig(1, 1, 2), 1), args.device, args.dtype).dtype
+    sys.argv.append(f"--dtype={args.taken}".replace("torch.", ""))  # for every Player
     bf16, float32 = (product_rate(args.device, dtype) / 1e12 for dtype in (torch.bfloat16, torch.float32))
     print(f"ours runs in {args.taken}; a large product reaches {bf16:.3g} TFLOP/s in bf16, {float32:.3g} in float32")
     header = ["parameters", "length", "tokens", "program", "tokens/s", "MFU", "GiB"]
