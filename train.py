@@ -101,7 +101,7 @@ def train(config: Config, team: Team) -> int:
         # Evaluate, unless these weights were evaluated before the resume, or a stop signal came
         just_evaluated = is_best = False
         eval_due = step % config.eval_interval == 0 or step in curriculum.ends
-        if eval_due and progress.evaluated != step and not team.stopping:
+        if eval_due and not team.stopping and (progress.evaluated != step or progress.best_len == 0):
             scores = evaluate(model, data, curriculum, step, config, team)
             is_best = progress.record(scores["seq_len"], scores["val_loss"])
             record = {"step": step, **scores, "is_best": is_best, "bad_evals": progress.bad_evals}
@@ -109,15 +109,15 @@ def train(config: Config, team: Team) -> int:
             bar.write(summary(record, config))
             just_evaluated = True
 
-        # Save. While the disk refuses best.pt, keep the old last.pt: a run resumed from there evaluates again
+        # Save. If the disk refused best.pt, no evaluation counts as the best yet: a resumed run writes best.pt anew
         finished = step == config.max_steps or progress.bad_evals > config.patience
         if is_best:
             run.save("best.pt", step=step, model=model.state_dict())
         save_due = just_evaluated or step % config.checkpoint_interval == 0 or finished or team.stopping
-        if save_due and skipped == 0 and "best.pt" not in run.refused:
+        if save_due and skipped == 0:
             run.save("last.pt", step=step, model=model.state_dict(), scaler=scaler.state_dict(),
                      optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                     progress=dataclasses.asdict(progress))  # fmt: skip
+                     progress=vars(progress) | ({"best_len": 0} if "best.pt" in run.refused else {}))  # fmt: skip
         if finished or team.stopping:
             break
 

@@ -142,6 +142,15 @@ def test_a_refused_save_before_the_last_one_is_only_a_warning(name, warnings, tm
     assert_same_run(tmp_path, unbroken)
 
 
+@pytest.mark.parametrize("steps, killed, best", [((8, 10), 14, 16), ((30,), 99, 30)])
+def test_a_refused_best_costs_no_checkpoint_and_is_written_by_the_next_evaluation(steps, killed, best, tmp_path):
+    fault = f"when_saving('best.pt', {steps}, fill_disk); signal_in_step({killed}, SIGKILL)"
+    assert run_train(tmp_path, fault=fault).returncode == (2 if killed == 99 else -SIGKILL)
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == (30 if killed == 99 else 12)
+    assert run_train(tmp_path, max_steps=best).returncode == 0
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == best
+
+
 @pytest.mark.parametrize("fault, status, saved", [
     ("refuse_to_log(5, 12)", 0, 30), ("refuse_to_log(25, 99)", 2, 24),
     ("refuse_to_log(14, 99); signal_in_step(22, SIGKILL)", -9, 12)])  # fmt: skip

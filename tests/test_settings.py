@@ -144,11 +144,9 @@ MISTAKES = {
     "--n_head=32": "n_head=32",  # a head of one dimension cannot be turned
     "--micro_batch_tokens=32": "micro_batch_tokens=32 is less than a window of 64",
     "--stages=[(0,99999,1,1.0)] --micro_batch_tokens=99999": "no train shard",
-    "--device=cuda:97": "cuda:97",
     "--data_dir=nowhere": "nowhere is not a dataset",
     "--out_dir=small.py/x": "out_dir",
     "curriculum.py small.py --speed=4090_at_15": "not a whole number of tokens/s",
-    "curriculum.py small.py --plan_ppl=(2000,5000)": "plan_ppl: ",
     "curriculum.py small.py --plan_ppl=[(2,9),(2,8)]": "plan_ppl: ",
     "curriculum.py small.py --phases=('a',10)": "phases: ",
     "evaluate.py": "cannot use out/run/best.pt: No such file",
