@@ -128,8 +128,7 @@ def main() -> None:
         raise UserError("--max_new_tokens and --samples must be at least 1, --seed from 0 to below 2**63")
     text, encoding = read_prompt(args.prompt, args.prompt_file), gpt2_encoding()
     model = load_model(Path(args.out_dir) / "best.pt")[0]
-    head = 1, model.config.n_embd, model.config.vocab_size
-    on_machine(model, args.device, args.dtype, compile=False, product=head)
+    on_machine(model, args.device, args.dtype, compile=False, product=(1, *model.embed.weight.T.shape))  # the head
     for weight in model.parameters():
         if weight.ndim == 2:  # convert the matrices once: autocast would convert them for each token
             weight.data = weight.data.to(model.dtype)
