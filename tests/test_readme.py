@@ -66,13 +66,14 @@ def run(command: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Make a folder with pieces of the README for articles, and with the demo and OWN cut to a tiny, short step."""
+    """Make a folder with pieces of these texts for articles, and with the demo and OWN cut to a tiny, short step."""
     monkeypatch.chdir(tmp_path)
     on_machine = model.on_machine
     monkeypatch.setattr(model, "on_machine", lambda *args, **_: on_machine(*args[:3], compile=False))
     shutil.copytree(ROOT / "config", "config")
     Path("sample.py").symlink_to(ROOT / "sample.py")
-    articles = [{"title": f"From {i}", "text": README[i : i + 1000]} for i in range(0, len(README), 1000)]
+    text = 2 * (README + DOCS)  # for windows of 2,048 tokens in both splits
+    articles = [{"title": f"From {i}", "text": text[i : i + 1000]} for i in range(0, len(text), 1000)]
     Path("articles.jsonl").write_text("".join(json.dumps(article) + "\n" for article in articles))
     Path("texts").mkdir()
     for number in range(60):
