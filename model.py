@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from settings import UserError
 
-USE_STATIC_SHAPES = False  # compiling blocks per stage saves a GPU 2.7 of 44.8 ms (bench/log.md); not yet run here
+USE_STATIC_SHAPES = False  # saves a GPU 2.7 of 44.8 ms a step (bench/log.md); not yet run on one in this form
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def fast_dtype(device: torch.device, rows: int, inner: int, columns: int) -> str
     return "bfloat16" if 1.2 * seconds[0] <= seconds[1] else "float32"  # 1.2 keeps noise from changing the choice
 
 
-def on_machine(model: GPT, device="auto", dtype="auto", compile=True, product=(512, 512, 512)) -> GPT:
+def on_machine(model: GPT, device="auto", dtype="auto", compile=True, products=((512, 512, 512),)) -> GPT:
     """Move the model to a device and choose dtype and compilation for it. Raises UserError if it is not usable."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -253,7 +253,7 @@ def on_machine(model: GPT, device="auto", dtype="auto", compile=True, product=(5
     is_cpu = target.type == "cpu"
     if not is_cpu and target.index is not None:
         torch.cuda.set_device(target)
-    dtype = fast_dtype(target, *product) if dtype == "auto" else dtype
+    dtype = max(fast_dtype(target, *p) for p in products) if dtype == "auto" else dtype  # float32 if any p wants it
     if is_cpu:
         # Keep freed memory for the next step, which is then 1.1 to 1.2 times as fast, in a fifth to a third more memory
         # (bench/log.md). -4 is M_MMAP_MAX, and -1 is M_TRIM_THRESHOLD. C libraries other than glibc lack mallopt.

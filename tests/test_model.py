@@ -210,7 +210,7 @@ def test_auto_takes_the_type_that_the_clock_finds_fast(bfloat16, taken, monkeypa
 
     monkeypatch.setattr(timeit, "repeat", repeat)
     model = GPT(SMALL, 8)
-    assert on_machine(model, "cpu", product=(3, 4, 5)).dtype == getattr(torch, taken)
+    assert on_machine(model, "cpu", products=[(3, 4, 5)]).dtype == getattr(torch, taken)
     assert on_machine(model, "cpu", "float16").dtype == torch.float16
 
 

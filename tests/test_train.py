@@ -152,12 +152,12 @@ def test_the_log_and_the_checkpoints_are_what_design_says(tmp_path):
     assert train[1]["tokens_per_s"] == pytest.approx(512 / (train[1]["time_s"] - train[0]["time_s"]), rel=0.3)
     saved = {name: load_checkpoint(tmp_path / name) for name in ("last.pt", "prev.pt", "best.pt")}
     assert [state["step"] for state in saved.values()] == [30, 27, 30] and "optimizers" not in saved["best.pt"]
-    assert saved["last.pt"]["config"]["seed"] == 3 and tuple(saved["last.pt"]["config"]["stages"]) == table
+    config = Config(**saved["last.pt"]["config"])
+    assert (config.seed, config.stages, config.micro_batch_tokens) == (3, table, 3 * 64)  # the most of a step
 
 
 def test_a_run_resumed_with_dtype_auto_keeps_its_type_and_another_is_announced(tmp_path):
-    said = []
-    fast = "import model; model.fast_dtype = lambda *_: 'bfloat16'"
+    said, fast = [], "import model; model.fast_dtype = lambda *_: 'bfloat16'"
     for max_steps, dtype in [(2, "float16"), (3, "auto"), (4, "float32"), (5, "auto")]:
         done = run_train(tmp_path, fault=fast, max_steps=max_steps, dtype=dtype, eval_tokens=64)
         said.append("in float32; --dtype=float16 would continue exactly" in done.stdout)
