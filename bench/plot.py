@@ -105,7 +105,8 @@ CURVES = {
     "val": {"label": "validation, stage's length", "color": "black", "lw": 2.5, "marker": "o", "markevery": 0.06},
     "plan": {"label": "validation, planned", "color": "#006040", "lw": 2.5, "ls": ":", "marker": "x"},
 }
-RUNS = [("black", "o"), ("#d55e00", "^"), ("#0072b2", "s"), ("#cc79a7", "D"), ("#009e73", "v"), ("#e69f00", "P")]
+RUNS = [("black", "o"), ("#d55e00", "^"), ("#0072b2", "s"), ("#cc79a7", "D"), ("#009e73", "v"), ("#e69f00", "P"),
+        ("#56b4e9", "X"), ("#7f7f7f", "*")]  # fmt: skip
 
 
 def tick(value: float, _: int) -> str:

@@ -4,7 +4,7 @@
 
 A variant is a set of configuration keys; --key=value applies to all variants. train.py makes every run in its own
 process and in out/recipe/NAME. A finished run leaves one file in --results and is not repeated. A stopped or killed
-run resumes. At the end come tables of the listed runs; --dry prints them at once.
+run resumes. At the end come tables of the listed runs, and with --picture=FILE their curves; --dry does this at once.
 
 budget    --tokens for every variant, to the nearest step, in steps of --batch_tokens. A tenth of the steps is warmup
 loss      of the final weights on 512 windows of 2,048, spread evenly over the held-out shards. With seed 0 also of
@@ -20,6 +20,7 @@ import json
 import math
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
+from itertools import cycle
 from multiprocessing import get_context
 from os.path import expanduser
 from pathlib import Path
@@ -33,11 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
 from bench.breakdown import muon_flops  # noqa: E402
+from bench.plot import RUNS  # noqa: E402
 from checkpoint import load_checkpoint, read_log  # noqa: E402
 from config import curriculum9  # noqa: E402
 from curriculum import Curriculum, Stage, format_table  # noqa: E402
-from data import Split, open_dataset  # noqa: E402
-from evaluate import score_windows  # noqa: E402
+from data import open_dataset  # noqa: E402
 from model import GPT, GPTConfig, on_machine  # noqa: E402
 from parallel import Team  # noqa: E402
 from settings import Config, UserError, as_key_type, check_ranges, user_errors  # noqa: E402
@@ -176,13 +177,12 @@ def train_run(run: dict, args: Namespace) -> None:
     on_machine(model, config.device, state["config"]["dtype"], config.compile)
 
     stages = Curriculum(config.stages, config.max_steps).stages
-    windows = data.val.fixed_windows(LAST_LEN, data.val.spread(LAST_LEN, WINDOWS * LAST_LEN))
+    windows = torch.from_numpy(data.val.fixed_windows(LAST_LEN, data.val.spread(LAST_LEN, WINDOWS * LAST_LEN)))
     losses = {}
     for n in sorted({LAST_LEN, stages[-1].seq_len, *CUTS}) if run["seed"] == 0 else [LAST_LEN]:
-        # Each window becomes a shard: windows of n tile this shard and score the same targets
-        cut = n, np.arange(LAST_LEN // n), data.token_bytes, config.micro_batch_tokens, Team()
-        scores = [score_windows(model, Split([window]), *cut) for window in windows]
-        losses[n] = [round(score.loss, 5) for score in scores]
+        cuts = windows.unfold(1, n + 1, n).flatten(0, 1).split(max(1, config.micro_batch_tokens // n))  # same targets
+        scores = torch.cat([model.score(part.to(model.device))[0] for part in cuts]).view(len(windows), -1)
+        losses[n] = [round(loss, 5) for loss in scores.double().mean(1).tolist()]
     muon = muon_flops(model.config) if config.optimizer == "muon" else 0
     costs = {"tokens": [s.tokens_per_step for s in stages],
              "flops": [s.tokens_per_step * model.config.flops_per_token(s.seq_len) + muon for s in stages]}  # fmt: skip
@@ -227,12 +227,33 @@ def mean_and_error(losses: np.ndarray, form: str) -> str:
     return f"{losses.mean():{form}} ± {losses.std(ddof=1) / math.sqrt(len(losses)):.3f}"
 
 
-def tables(results: list[dict]) -> str:
-    """Return a table that compares all groups with the first, and one of what shorter windows cost with seed 0."""
-    groups: dict[tuple, dict[int, dict]] = {}
+def grouped(results: list[dict]) -> dict[tuple[str, float], dict[int, dict]]:
+    groups = {}
     for result in results:
         run = result["run"]
         groups.setdefault((run["variant"], run["keys"]["learning_rate"]), {})[run["seed"]] = result
+    return groups
+
+
+def draw(groups: dict[tuple[str, float], dict[int, dict]], to: str) -> None:
+    """Draw loss at 2,048 against tokens, as mean and range over seeds, for the best learning rate of each variant."""
+    from matplotlib import pyplot as plt
+    figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
+    worst_first = sorted(groups.items(), key=lambda item: -curve(item[1], "tokens")[1][-1])
+    best = {variant: (lr, group) for (variant, lr), group in worst_first}  # a variant's last one stays
+    for (variant, (lr, group)), (color, marker) in zip(best.items(), cycle(RUNS)):
+        tokens, loss = curve(group, "tokens")
+        panel.plot(tokens / 1e6, loss, color=color, marker=marker, label=f"{variant}, {lr:g}: {loss[-1]:.2f}")
+        losses = [[point["loss"] for point in result["points"]] for result in group.values()]
+        panel.fill_between(tokens / 1e6, np.min(losses, axis=0), np.max(losses, axis=0), color=color, alpha=0.25)
+    panel.set(xlabel="million tokens", ylabel="held-out loss at length 2,048", xlim=(0, None), ylim=(None, 8))
+    panel.legend(title="variant, learning rate: last loss")
+    figure.savefig(to, dpi=100)
+
+
+def tables(groups: dict[tuple[str, float], dict[int, dict]]) -> str:
+    """Return a table that compares all groups with the first, and one of what shorter windows cost with seed 0."""
+    results = [result for group in groups.values() for result in group.values()]
     first, whole, rows, cut_rows = next(iter(groups.values())), str(LAST_LEN), [], []
     for (variant, lr), group in groups.items():
         losses = {seed: np.array(result["losses"][whole]) for seed, result in group.items()}
@@ -264,6 +285,7 @@ def main() -> None:
         parser.add_argument(f"--{key}", type=expanduser if isinstance(value, str) else type(value), default=value)
     parser.add_argument("--lrs", type=float, nargs="+", help="learning rates, if not the variants' own")
     parser.add_argument("--rates", type=expanduser, help="file of bench/throughput.py --to")
+    parser.add_argument("--picture", type=expanduser, help="file to draw the losses in")
     parser.add_argument("--dry", action="store_true", help="train nothing")
     args, rest = parser.parse_known_args()
     pairs = [argument.removeprefix("--").split("=", 1) for argument in rest]
@@ -289,8 +311,10 @@ def main() -> None:
         so_far = "loss {last_len_loss:.3f} after {step:,} steps, {time_s:,.0f} s".format(**evals[-1]) if evals else ""
         print(f"{path.stem}: {'done' if path.exists() else so_far or 'to do'}", flush=True)
     rates = json.loads(Path(args.rates).read_text())["tokens_per_s"] if args.rates else None
-    if results := [read_result(path, rates) for run in runs if (path := result_path(run, args)).exists()]:
-        print("\n" + tables(results))
+    if groups := grouped([read_result(path, rates) for run in runs if (path := result_path(run, args)).exists()]):
+        print("\n" + tables(groups))
+        if args.picture:
+            draw(groups, args.picture)
 
 
 if __name__ == "__main__":

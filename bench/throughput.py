@@ -1,8 +1,7 @@
-"""Compare speed and memory with nanoGPT's train.py and transformers' GPT-2, and show how a step's cost grows.
+"""Compare speed and memory with nanoGPT's train.py and transformers' GPT-2.
 
     python bench/throughput.py --nanogpt=PATH [--n_layer=4 --n_head=4 --n_embd=256 --tokens=2048] [--device=cpu]
     python bench/throughput.py --nanogpt=PATH --n_layer=12 --n_head=12 --n_embd=768 --tokens=16384 --apart
-    python bench/throughput.py --sweep=lengths|models|tokens      only our step, and the exponent of its time
 
 At each stage's length every program makes compiled optimizer steps of one batch of real tokens, in its own process.
 Programs take turns of --burst steps, --rounds times: a machine that slows down slows all of them. With --apart, for
@@ -26,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,9 +183,9 @@ class Player:
         return self.read() / steps
 
 
-def take_turns(entrants: list[tuple[str, Shape]], args: Namespace) -> list[tuple[list[float], list[float], float]]:
-    """Return, for each program and shape, seconds per step and the machine's peak by round, and the peak memory."""
-    players, seconds, peaks = [Player(*entrant) for entrant in entrants], [], []
+def take_turns(names: list[str], shape: Shape, args: Namespace) -> list[tuple[list[float], list[float], float]]:
+    """Return, for each program, seconds per step and the machine's peak by round, and the peak memory."""
+    players, seconds, peaks = [Player(name, shape) for name in names], [], []
     for player in players:
         player.read()  # the first step compiles, in all programs at once
     for player in players:
@@ -224,37 +222,19 @@ def spread(values: list[float], form: str) -> str:
     return f"{middle} ({low}-{high})"
 
 
-def measure(entrants: list[tuple[str, Shape]], args: Namespace) -> tuple[list[list[str]], list[list[float]]]:
-    """Return a row of the table for each entrant, and its seconds per step. The first two are this project's."""
-    groups = [[entrant] for entrant in entrants] if args.apart else [entrants]
-    results = [result for group in groups for result in take_turns(group, args)]
-    rows = []
-    for (name, shape), (seconds, peaks, gib) in zip(entrants, results):
-        model = GPTConfig(*shape[:3])
-        flops = model.flops_per_token(shape.length) * shape.tokens
+def measure(names: list[str], shape: Shape, args: Namespace) -> tuple[list[list[str]], list[list[float]]]:
+    """Return a row of the table and the seconds per step for each program. The first two are this project's."""
+    groups = [[name] for name in names] if args.apart else [names]
+    results = [result for group in groups for result in take_turns(group, shape, args)]
+    model, rows = GPTConfig(*shape[:3]), []
+    flops = model.flops_per_token(shape.length) * shape.tokens
+    for name, (seconds, peaks, gib) in zip(names, results):
         mfu = spread([flops / s / peak for s, peak in zip(seconds, peaks)], ".0%") if name.startswith("ours") else ""
         row = [f"{model.n_params / 1e6:.1f}M", f"{shape.length:,}", f"{shape.tokens:,}", name,
                spread([shape.tokens / s for s in seconds], ",.0f"), mfu, f"{gib:.2f}"]  # fmt: skip
-        if not args.sweep:
-            row += [spread([s / own for own, s in zip(ours[0], seconds)], ".2f") for ours in results[:2]]
-            row.append(f"{results[0][2] / gib:.2f}")
-        rows.append(row)
+        row += [spread([s / own for own, s in zip(ours[0], seconds)], ".2f") for ours in results[:2]]
+        rows.append([*row, f"{results[0][2] / gib:.2f}"])
     return rows, [seconds for seconds, *_ in results]
-
-
-def sweep_of(what: str) -> tuple[list[float], list[Shape]]:
-    """Return sizes and their shapes: by length or model at equal tokens per step, or by tokens per step."""
-    powers, models = [2**i for i in range(8)], [(2, 2, 128), small := (4, 4, 256), (8, 8, 512), (12, 12, 768)]
-    if what == "lengths":
-        return [64 * n for n in powers], [Shape(*small, 64 * n, 8192) for n in powers]
-    if what == "tokens":
-        return [512 * n for n in powers[:6]], [Shape(*small, 256, 512 * n) for n in powers[:6]]
-    return [GPTConfig(*model).n_params for model in models], [Shape(*model, 512, 2048) for model in models]
-
-
-def exponent(sizes: list[float], seconds: list[list[float]]) -> str:
-    """Return the slope of log(seconds) over log(size), fitted to each round, with its spread."""
-    return spread([np.polyfit(np.log(sizes), np.log(one_round), 1)[0] for one_round in zip(*seconds)], ".2f")
 
 
 def main() -> None:
@@ -263,7 +243,6 @@ def main() -> None:
     for key, value in {"n_layer": 4, "n_head": 4, "n_embd": 256, "tokens": 2048, "rounds": 5, "burst": 4}.items():
         parser.add_argument(f"--{key}", type=int, default=value)
     parser.add_argument("--lengths", type=int, nargs="+", default=sorted({row[1] for row in curriculum9.stages}))
-    parser.add_argument("--sweep", choices=("lengths", "models", "tokens"), help="time only our step, over one size")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", help="of our matrix products")
     parser.add_argument("--data_dir", type=a_path, default="data/sample")
@@ -281,23 +260,19 @@ def main() -> None:
     sys.argv.append(f"--dtype={args.taken}".replace("torch.", ""))  # for every Player
     bf16, float32 = (product_rate(args.device, dtype) / 1e12 for dtype in (torch.bfloat16, torch.float32))
     print(f"ours runs in {args.taken}; a large product reaches {bf16:.3g} TFLOP/s in bf16, {float32:.3g} in float32")
-    header = ["parameters", "length", "tokens", "program", "tokens/s", "MFU", "GiB"]
-    if args.sweep:
-        sizes, shapes = sweep_of(args.sweep)
-        rows, seconds = measure([("ours", shape) for shape in shapes], args)
-        return print(format_table(header, rows), f"exponent of a step's time: {exponent(sizes, seconds)}", sep="\n")
     # On a GPU, nanoGPT configures itself for bf16 already
     left_out = ("nanoGPT",) if not args.nanogpt else ("nanoGPT bf16",) if args.device != "cpu" else ()
     names = [name for name in PROGRAMS if not name.startswith(left_out)]
     table, rates = [], {}
     for length in args.lengths:
         shape = Shape(args.n_layer, args.n_head, args.n_embd, length, max(1, args.tokens // length) * length)
-        rows, seconds = measure([(name, shape) for name in names], args)
+        rows, seconds = measure(names, shape, args)
         table += rows
         for name, mine in zip(names, seconds):
             rates.setdefault(name, {})[length] = shape.tokens / statistics.median(mine)
         print(f"length {length:,} done", flush=True)
-    print(format_table([*header, "ours is faster by", "ours, AdamW, by", "our memory"], table))
+    header = "parameters,length,tokens,program,tokens/s,MFU,GiB,ours is faster by,ours AdamW by,our memory".split(",")
+    print(format_table(header, table))
     if args.to:
         Path(args.to).write_text(json.dumps({"dtype": str(args.taken), "tokens_per_s": rates}, indent=1) + "\n")
 

@@ -128,7 +128,9 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
         assert nanogpt["losses"][str(n)] == pytest.approx(expected, abs=1e-4)
 
     rates = {"ours": {"64": 512 / 3, "256": 512 / 4}, "nanoGPT": {"256": 1.0}, "nanoGPT bf16": {"256": 1024 / 5}}
-    text = recipe.tables([recipe.read_result(path, rates) for path in reversed(paths)])
+    groups = recipe.grouped([recipe.read_result(path, rates) for path in reversed(paths)])
+    recipe.draw(groups, tmp_path / "loss.png")
+    text = recipe.tables(groups)
     ours, theirs = (result["losses"]["256"] for result in (grown, nanogpt))
     difference, error = np.subtract(ours, theirs), np.std(np.subtract(ours, theirs), ddof=1) / math.sqrt(2)
     at_tokens = grown["points"][2]["loss"] - nanogpt["points"][1]["loss"]
