@@ -1,6 +1,6 @@
-"""Windows of tokens from a dataset that prepare_wiki.py made. A window may cross from one article into the next.
+"""Windows from shards of articles, each ENDOFTEXT, title, blank line and text. A window may cross into the next article.
 
-Windows depend only on the arguments: a resumed run, and N processes together, draw those of one unbroken run.
+Windows depend only on shards and arguments: a resumed run, and N processes together, draw those of one unbroken run.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 from settings import UserError, one_line
 
 VOCAB_SIZE = 50257  # GPT-2's
-ENDOFTEXT = 50256  # every article begins with this token, and no article contains it
+ENDOFTEXT = 50256  # begins every article, and no article contains it
 SPLITS = ("train", "val")
 
 
@@ -23,13 +23,13 @@ class Split:
 
     def __init__(self, shards: list[np.ndarray]):
         self.shards = shards
-        self.tokens = np.array([len(shard) for shard in shards])
+        self.lengths = np.array([len(shard) for shard in shards])
 
     def random_windows(self, seq_len: int, batch_size: int, seed: int, step: int) -> np.ndarray:
         """Draw a step's batch (batch_size, seq_len + 1), uniform over all starts whose window fits in its shard."""
-        starts = np.maximum(0, self.tokens - seq_len)  # the number of starts in each shard
-        numbers = np.random.default_rng((seed, step)).integers(starts.sum(), size=batch_size)
-        return self._read(starts, numbers, 1, seq_len)
+        n_starts = np.maximum(0, self.lengths - seq_len)  # of each shard
+        numbers = np.random.default_rng((seed, step)).integers(n_starts.sum(), size=batch_size)
+        return self._read(n_starts, numbers, 1, seq_len)
 
     def spread(self, seq_len: int, tokens: int = 0) -> np.ndarray:
         """Return the numbers of the windows that an evaluation of `tokens` tokens scores, spread evenly over all."""
@@ -42,16 +42,16 @@ class Split:
         return self._read(self._tiles(seq_len), numbers, seq_len, seq_len)
 
     def _tiles(self, seq_len: int) -> np.ndarray:
-        return np.maximum(0, self.tokens - 1) // seq_len
+        return np.maximum(0, self.lengths - 1) // seq_len
 
     def _read(self, per_shard: np.ndarray, numbers: np.ndarray, stride: int, seq_len: int) -> np.ndarray:
-        """Return the windows with these numbers, counted through all shards. Shard i holds per_shard[i] windows."""
+        """Return windows by number, counted through all shards. Shard i holds per_shard[i], `stride` tokens apart."""
         ends = np.cumsum(per_shard)
         which = np.searchsorted(ends, numbers, side="right")
         starts = (numbers - (ends - per_shard)[which]) * stride
         windows = np.empty((len(numbers), seq_len + 1), dtype=np.int64)
-        for row, shard, start in zip(windows, which, starts):
-            row[:] = self.shards[shard][start : start + seq_len + 1]
+        for window, shard, start in zip(windows, which, starts):
+            window[:] = self.shards[shard][start : start + seq_len + 1]
         return windows
 
 
@@ -76,7 +76,7 @@ def open_dataset(data_dir: str | Path, max_len: int = 0) -> Dataset:
         token_bytes = np.load(path / "token_bytes.npy")
         checksums = repr([(shard["split"], shard["sha256"]) for shard in meta["shards"]])
     except OSError as error:
-        raise UserError(f"{data_dir} is not a dataset that can be read: {one_line(error)}") from error
+        raise UserError(f"no dataset in {data_dir}, where prepare_wiki.py would make it: {one_line(error)}") from error
     except (ValueError, EOFError, KeyError, TypeError) as error:
         raise UserError(f"{data_dir} is damaged: {error}; make it again") from error
     splits = [Split(shards[name]) for name in SPLITS]
