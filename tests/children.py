@@ -1,7 +1,7 @@
-"""Programs in processes of their own that start at once, and from `before` on the faults that strike them there.
+"""Run programs in processes of their own without waiting for imports. From `before` on: the faults to inject there.
 
-A server imports torch, which takes a core 5 s, and forks a process for each program. The server computes nothing: a
-process that used several threads or a GPU cannot be forked. Vocabulary and data are small: a step takes milliseconds.
+A server imports torch once, in 5 s, and forks a process for each program. The server itself computes nothing: a process
+that has used several threads or a GPU cannot be forked. Vocabulary and data are small, so a step takes milliseconds.
 """
 
 import atexit
@@ -43,7 +43,7 @@ for line in sys.stdin:
         for number, name in enumerate((os.devnull, job["out"], job["err"])):
             os.dup2(os.open(name, os.O_RDWR), number)
         os.environ.update(job["env"])
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it for all its children
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup this process would ignore SIGHUP
         sys.argv, status = job["argv"], 1
         exec(job["fault"], vars(children))
         try:
@@ -53,7 +53,7 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)  # Python's own end takes torch a second
+        os._exit(status)  # a normal exit takes a second with torch
 """
 
 
@@ -62,7 +62,7 @@ def server() -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SERVER]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(process.communicate)  # without a next line it ends
+    atexit.register(process.communicate)  # closes its stdin, which ends the server
     return process
 
 
@@ -73,7 +73,7 @@ def ask_server(**job: object) -> int:
 
 @functools.cache
 def folder() -> Path:
-    """Return this session's folder, with a dataset `data` and a config file config.py of KEYS over it."""
+    """Make the session's folder once and return it: a dataset `data`, and config.py, which trains on it with KEYS."""
     path = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, path)
     write_learnable(path / "data", seed=0)
@@ -98,19 +98,19 @@ class Child:
         self.pid = ask_server(argv=[program, *map(str, args)], fault=fault, env=env, out=self.out, err=self.err)
 
     def wait(self) -> subprocess.CompletedProcess:
-        """Return how the program ended, with its output as text."""
+        """Wait for the program to end. Return its exit status, and its output as text."""
         status = ask_server(pid=self.pid)
         return subprocess.CompletedProcess([], status, Path(self.out).read_text(), Path(self.err).read_text())
 
 
 def run_train(out_dir: Path, fault: str = "", **keys: object) -> subprocess.CompletedProcess:
-    """Run train.py on config.py, resuming, with other values of some keys."""
+    """Run train.py on config.py with these keys changed. It resumes if out_dir holds a checkpoint."""
     arguments = [f"--{key}={value}" for key, value in keys.items()]
     return Child("train.py", folder() / "config.py", f"--out_dir={out_dir}", *arguments, fault=fault).wait()
 
 
 def before(module: object, name: str, action) -> None:
-    """Call action with the arguments of module.name before each of its calls."""
+    """Patch module.name so that each call first calls action with the same arguments."""
     function = getattr(module, name)
     setattr(module, name, lambda *args, **kwargs: (action(*args), function(*args, **kwargs))[1])
 
@@ -120,7 +120,7 @@ def die() -> None:
 
 
 def die_at(moment: int) -> None:
-    """Be killed before a call that starts a step, writes, or renames: the one with this number, counted from 1."""
+    """Kill this process right before its `moment`-th call, counted from 1, that starts a step, writes, or renames."""
     calls = itertools.count(1)
     for module, name in [(os, "pwrite"), (os, "fsync"), (os, "truncate"), (Path, "replace"), (torch, "save"),
                          (curriculum, "learning_rate")]:  # fmt: skip
@@ -140,13 +140,13 @@ def fill_disk() -> None:
 
 
 def when_saving(name: str, steps: tuple[int, ...], action) -> None:
-    """Call action before the checkpoint is saved at one of these steps."""
+    """Call action right before the checkpoint `name` is saved at any of these steps."""
     before(checkpoint, "save_checkpoint",
            lambda path, state: path.name == name and state["step"] in steps and action())  # fmt: skip
 
 
 def refuse_to_log(first: int, last: int) -> None:
-    """Let the disk be full from the step `first` to the step `last`. It still takes half of the first record."""
+    """Make the disk full from step `first` to step `last`. Only half of the first record is still written."""
     pwrite, steps, halves = os.pwrite, [0], [1]
     before(curriculum, "learning_rate", lambda config, stage, step: steps.append(step + 1))
 
@@ -159,12 +159,12 @@ def refuse_to_log(first: int, last: int) -> None:
 
 
 def poison(first: int, last: int) -> None:
-    """Make the training losses of these calls NaN, counted from 1."""
+    """Make the training loss NaN in calls `first` to `last` of GPT.loss, counted from 1."""
     loss, calls = model.GPT.loss, itertools.count(1)
     model.GPT.loss = lambda self, windows: loss(self, windows) * (float("nan") if first <= next(calls) <= last else 1)
 
 
 def make_up_losses(losses: list[float]) -> None:
-    """Let an evaluation after s steps find the validation loss losses[s]."""
+    """Make an evaluation after s steps return the validation loss losses[s]."""
     really = evaluate.evaluate
     evaluate.evaluate = lambda *args: really(*args) | {"val_loss": losses[args[3]]}

@@ -1,4 +1,4 @@
-"""What the tests share: the real sample as a dataset, and a way to run the programs as a user does."""
+"""What the tests share: the real sample as a dataset, and ways to run the programs as a user does."""
 
 import contextlib
 import ctypes
@@ -24,21 +24,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Put the longest tests first: else one core idles while the other ends with one of them."""
+    """Run the longest files first. If one came last, the other core would be idle meanwhile."""
     items.sort(key=lambda item: item.path.name not in ("test_train.py", "test_processes.py", "test_readme.py"))
 
 
 @pytest.fixture(autouse=True)
 def eager() -> Iterator[None]:
-    """Compile nothing unless the test itself asks `on_machine` for it: compiling takes a core 10 s and more."""
+    """Compile nothing unless the test asks `on_machine` for it: compiling takes 10 s or more."""
     torch.compiler.set_stance("force_eager")
     yield
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # on_machine stops glibc from returning memory: it would add up over tests
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back the memory that on_machine makes glibc keep
 
 
 @pytest.fixture(scope="session")
 def sample_dir() -> Path:
-    """data/sample: real articles. Of several pytest processes one prepares them, if they are not there yet."""
+    """Return data/sample, a dataset of real articles. If it is missing, one pytest process makes it for all."""
     folder = ROOT / "data" / "sample"
     with open(ROOT / "pyproject.toml") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -48,7 +48,7 @@ def sample_dir() -> Path:
 
 
 def write_dataset(folder: Path, **splits: list[np.ndarray]) -> None:
-    """Write arrays of tokens as prepare_wiki.py does, each as a shard of its split. Their bytes are made up."""
+    """Write a dataset as prepare_wiki.py does, each array of tokens as a shard. The bytes per token are random."""
     meta = {"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "splits": {}, "shards": []}
     for split, shards in splits.items():
         tokens = np.concatenate(shards)
@@ -63,7 +63,7 @@ def write_dataset(folder: Path, **splits: list[np.ndarray]) -> None:
 
 @pytest.fixture(scope="session")
 def small_dir(sample_dir, tmp_path_factory) -> Path:
-    """The sample's first 40,000 tokens to train on and first 4,200 held-out ones, for runs of seconds."""
+    """Return a dataset for runs of seconds: the sample's first 40,000 training and first 4,200 held-out tokens."""
     folder, sizes = tmp_path_factory.mktemp("small"), {"train": 40_000, "val": 4_200}
     shards = {split: [np.fromfile(sample_dir / f"{split}_00000.bin", "<u2", size)] for split, size in sizes.items()}
     write_dataset(folder, **shards)
@@ -79,7 +79,7 @@ def run_program(*args: object, **kwargs: object) -> subprocess.CompletedProcess:
 
 
 def call_program(program: str, *args: object) -> subprocess.CompletedProcess:
-    """Do what run_program does within this process, which saves the 5 s of importing torch."""
+    """Do what run_program does, but in this process: that saves the 5 s of importing torch."""
     out, err, argv, status = io.StringIO(), io.StringIO(), sys.argv, 0
     sys.argv = [program, *map(str, args)]
     try:
@@ -94,7 +94,7 @@ def call_program(program: str, *args: object) -> subprocess.CompletedProcess:
 
 
 def release_logs() -> None:
-    """Close the logs that runs of this process have open and locked, as the end of their own process would."""
+    """Close the logs that runs in this process still hold open and locked, as the end of a process would."""
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             if link.readlink().name == "log.jsonl":
@@ -107,7 +107,7 @@ FEW = ((0, 16, 8, 1.0), (10, 32, 4, 0.5), (20, 64, 3, 0.25))
 
 
 def as_qwen3(state: dict):
-    """Return a checkpoint's model as transformers' own Qwen3ForCausalLM, filled name by name."""
+    """Return transformers' own Qwen3ForCausalLM with the weights of a checkpoint, copied name by name."""
     transformers = pytest.importorskip("transformers")
     config, weights = state["config"], state["model"]
     heads, width = config["n_head"], config["n_embd"]
@@ -123,7 +123,7 @@ def as_qwen3(state: dict):
 
 
 def qwen3_name(name: str) -> str:
-    """Return transformers' name of a weight."""
+    """Return the name that transformers gives to a weight of model.GPT."""
     names = {"embed": "embed_tokens", "blocks": "layers", "attn": "self_attn", "attn_norm": "input_layernorm",
              "mlp_norm": "post_attention_layernorm"}  # fmt: skip
     return ".".join(["model", *(names.get(part, part) for part in name.split("."))])
@@ -134,5 +134,5 @@ def read_log(out_dir) -> list[dict]:
 
 
 def assert_same_run(one, other) -> None:
-    """Assert that two runs' checkpoints and logs differ in nothing but times: test_bench.py plants differences."""
+    """Assert that the checkpoints and logs of two runs differ only in times (test_bench.py tests `differences`)."""
     assert differences(one, other) == [] and not [*one.glob("*.tmp")]

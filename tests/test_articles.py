@@ -1,4 +1,4 @@
-"""What articles may come in, and what real text does to a program that expects it to be clean."""
+"""Inputs of prepare_wiki.py: all formats give the same shards, and what cannot be read is counted or refused."""
 
 import bz2
 import gzip
@@ -64,7 +64,7 @@ def test_directories_and_globs(tmp_path):
     text(tmp_path / "articles" / "README.md", b"Not an article.")
     (tmp_path / "articles" / "AA").rename(tmp_path / "elsewhere")
     (tmp_path / "articles" / "AA").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "articles")  # a circle
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "articles")  # a cycle
     meta = prepare(tmp_path / "out", *(tmp_path / name for name in ("articles", "x?.jsonl", names[2], names[1])))
     assert [source["file"] for source in meta["source"]] == [Path(name).name for name in names]
     assert meta["left_out"] == {}
@@ -82,7 +82,7 @@ def test_dump(tmp_path):
     ]
     packed = write_dump(tmp_path / "small.xml.bz2", pages)
     plain = text(tmp_path / "plain.xml", bz2.decompress(packed.read_bytes()))
-    # You may run wikiextractor yourself, too.
+    # A user may also run wikiextractor and pass its output
     flags = ["--json", "--html-safe", "", "--no-templates", "--quiet", "-o", tmp_path / "extracted"]
     subprocess.run([sys.executable, "-m", "wikiextractor.WikiExtractor", *flags, packed], check=True)
     expected = [(f"Page {i}", f"Page {i} is linked & plain.") for i in range(100)]
@@ -94,7 +94,7 @@ def test_dump(tmp_path):
 
 
 @pytest.mark.parametrize("module, file", [("wikiextractor", "a.xml.bz2"), ("pyarrow", "a.parquet")])
-def test_what_is_not_installed_is_named(monkeypatch, module, file):
+def test_a_missing_package_is_named(monkeypatch, module, file):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install {module}=="):
         next(articles.pieces([Path(file)]))
@@ -114,7 +114,7 @@ def numbers(folder: Path) -> bytes:
 
 
 NOTHING = "without a title and a text"
-WRONG = {  # the file's name, its content or what makes it in a folder, what else the message says, and arguments
+WRONG = {  # file name, content or a function of the folder that makes it, words of the message, arguments
     "bz2 cut off": ("a.jsonl.bz2", cut(bz2.compress(LINES)), "cannot read"),
     "bz2 flipped": ("a.jsonl.bz2", flip(bz2.compress(LINES)), "cannot read"),
     "not Parquet": ("a.parquet", GOOD, "cannot read"),
@@ -140,7 +140,7 @@ WRONG = {  # the file's name, its content or what makes it in a folder, what els
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, case):
+def test_a_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, case):
     name, content, message, *args = WRONG[case]
     path = text(tmp_path / name, content if isinstance(content, bytes) else content(tmp_path))
     named = "" if "no article falls" in message or args else str(path).encode(errors="backslashreplace").decode()
@@ -176,7 +176,7 @@ def test_unreadable_records_are_skipped_and_counted(tmp_path):
 
 
 def test_giant_articles(tmp_path):
-    """tiktoken fails on a gap of a million characters, and needs a GB for a word of 20 million."""
+    """Why MAX_RUN exists: tiktoken fails on a gap of a million characters and needs 1 GB for a word of 20 million."""
     most = prepare_wiki.MAX_RUN
     given = [("word", "x" * most), ("gap", "a" + "\n" * most + "b"), ("emoji", "👩‍👩‍👧‍👦" * (most // 7))]
     given += [("words", "word " * 3_000_000), *make_articles(100)]

@@ -1,4 +1,4 @@
-"""The arithmetic of bench/: counts against torch's own, fits against closed forms, differences that were planted."""
+"""The arithmetic of bench/: FLOPs against torch's own counts, times that add up, and planted differences."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def test_muons_flops_are_those_that_torch_counts(a_step):
 
 
 def test_a_breakdown_gives_every_product_to_its_part(a_step):
-    """By the FLOPs that torch's profiler counts in a step, not compiled: in closed form for each part."""
+    """Compare the FLOPs that torch's profiler counts in an uncompiled step with a closed form for each part."""
     *machine, data = a_step
     windows = data.train.random_windows(64, 4, 0, 0)
     with torch.profiler.profile(with_flops=True) as profiler:
@@ -62,7 +62,7 @@ def test_a_breakdown_adds_up_to_the_step(sample_dir, monkeypatch):
 
 
 def plant_run(out_dir, loss=1.0, weight=1.0, moment=1.0, bad_evals=0, missing=None):
-    """Write what differences() reads of a finished run, with times that no other run has."""
+    """Write the files of a finished run that differences() reads. Its times are random."""
     out_dir.mkdir()
     times = torch.rand(()).item()
     for name in ("last.pt", "best.pt"):
@@ -77,7 +77,7 @@ def plant_run(out_dir, loss=1.0, weight=1.0, moment=1.0, bad_evals=0, missing=No
 
 
 @pytest.mark.parametrize("changes, found", [
-    ({}, []),  # times alone
+    ({}, []),  # only times differ
     ({"weight": 1.0 + 2**-23}, ["last.pt/model/weight", "best.pt/model/weight"]),
     ({"moment": 0.5}, ["last.pt/optimizers/0/state/0/momentum", "best.pt/optimizers/0/state/0/momentum"]),
     ({"bad_evals": 1}, ["last.pt/progress/bad_evals", "best.pt/progress/bad_evals"]),

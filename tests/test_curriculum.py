@@ -1,4 +1,4 @@
-"""The plan against design.md's numbers, and the table against a loop over steps."""
+"""The printed plan against numbers worked out by hand, and the stages against a loop over steps."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from config import curriculum9
 from curriculum import Curriculum, expected_ppl, learning_rate
 from settings import Config, UserError
 
-# What the plan that this project follows implies of its table, counted by hand: each stage's tokens and examples.
+# Worked out by hand from config/curriculum9.py's table: each stage's tokens in millions, examples in thousands
 TOKENS_M = (32.8, 32.8, 65.5, 65.5, 96.8, 114.7, 153.6, 245.8, 819.2)
 EXAMPLES_K = (512, 256, 256, 128, 126, 112, 100, 120, 400)
 NINE = Curriculum(curriculum9.stages, curriculum9.max_steps)
@@ -27,7 +27,7 @@ def print_plan(*arguments: object) -> str:
 
 
 def rows_of(plan: str, first: str) -> list[list[str]]:
-    """Return the cells of printed lines by the pattern of their first word."""
+    """Return the cells of the printed lines whose first word matches the pattern `first`."""
     return [line.split() for line in plan.splitlines() if re.match(rf"\s*({first})\s", line)]
 
 
@@ -41,7 +41,7 @@ def test_printed_rows_are_those_of_the_plan():
         assert float(epoch) == round(874e6 / (stage.batch_size * stage.seq_len))
         assert (int(examples), round(int(tokens) / 1e6, 1)) == (1_000 * examples_k, tokens_m)
         assert float(epochs) == pytest.approx(tokens_m / 874, abs=6e-4)
-        # PaLM's 6 N + 12 L C T, N being what is multiplied: 12 blocks and the head
+        # PaLM's 6 N + 12 L C T, where N counts the weights of matrix products: 12 blocks and the head
         expected = tokens_m * 1e6 * (6 * 123_568_128 + 12 * 12 * 768 * stage.seq_len)
         assert float(flops) == pytest.approx(expected, rel=0.05)
         assert float(hours) == pytest.approx(expected / (0.15 * 165.2e12) / 3600, rel=0.01)
@@ -56,7 +56,7 @@ def test_printed_totals_are_those_of_the_plan():
     assert float(total[6]) == pytest.approx(1.5e18, rel=0.01) and float(total[8]) == pytest.approx(17, abs=0.5)
     assert "sees 2.53x as many examples as windows of 2048 throughout" in plan
     (throughout,) = rows_of(plan, "all at")
-    assert int(throughout[4]) == pytest.approx(1_626_624_000 / 2_048, abs=8)  # to a batch of 8 windows
+    assert int(throughout[4]) == pytest.approx(1_626_624_000 / 2_048, abs=8)  # to within a batch of 8
     phases = rows_of(plan, "foundation|comprehension|mastery")
     assert [row[1:3] for row in phases] == [["0-12000", "1152000"], ["0-35000", "1490000"], ["0-100000", "2010000"]]
     assert [float(row[-1]) for row in phases] == pytest.approx([2, 6, 17], rel=0.2)
@@ -113,9 +113,9 @@ def test_learning_rate(warmup, cooldown, step, expected):
     ((GOOD, (5, 64, True, 1.0)), "row 2"), ((GOOD, (5, 0, 4, 1.0)), "row 2"), ((GOOD, (5, 64, -4, 1.0)), "row 2"),
     (((0, 64, 4, 0.0),), "row 1"), (((0, 64, 4, math.nan),), "row 1"), (((0, 64, 4, math.inf),), "row 1"),
     (((1, 64, 4, 1.0),), "ascend from 0"), ((GOOD, (7, 64, 4, 1.0), (7, 32, 4, 1.0)), "0, 7, 7"),
-    ((GOOD, (2_000, 64, 4, 1.0), (5, 32, 4, 1.0)), "0, 2000, 5"),  # also where never reached
+    ((GOOD, (2_000, 64, 4, 1.0), (5, 32, 4, 1.0)), "0, 2000, 5"),  # rows past max_steps count, too
 ])  # fmt: skip
-def test_a_table_that_makes_no_sense_is_refused_by_its_row(rows, said):
+def test_an_invalid_table_is_refused_and_its_row_named(rows, said):
     with pytest.raises(UserError, match=said):
         Curriculum(rows, 10)
 

@@ -1,4 +1,4 @@
-"""Windows against enumeration and chi-square; datasets as they are, and damaged in every file."""
+"""Windows against enumeration and chi-square tests; datasets read back whole, and with each file damaged."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ def make_split(lengths: tuple[int, ...]) -> Split:
 
 
 def assert_uniform(draws: list, cells: int) -> None:
-    """Pearson's chi-square is within 4 standard deviations of its mean, on both sides: even is not random either."""
+    """Assert that Pearson's chi-square is within 4 standard deviations of its mean: too even is not random, either."""
     counts, expected = Counter(draws).values(), len(draws) / cells
     statistic = sum((count - expected) ** 2 / expected for count in counts) + (cells - len(counts)) * expected
     assert expected >= 5
@@ -62,13 +62,13 @@ def test_random_windows_are_a_function_of_seed_and_step_alone():
 
 @pytest.mark.parametrize("seq_len", [1, 4, 5, 17, 30, 63])
 def test_fixed_windows_tile_each_shard(seq_len):
-    """Windows overlap by one token: each target but a shard's last few is scored once."""
+    """Windows overlap by one token, so each target is scored once, except a shard's last few."""
     split = make_split(LENGTHS)
     starts = [1_000 * i + start for i, n in enumerate(LENGTHS) for start in range(0, n - seq_len, seq_len)]
     tiling = [list(range(start, start + seq_len + 1)) for start in starts]
     numbers = split.spread(seq_len)
     assert split.fixed_windows(seq_len, numbers).tolist() == tiling
-    assert split.fixed_windows(seq_len, numbers[::-1]).tolist() == tiling[::-1]  # each by its number alone
+    assert split.fixed_windows(seq_len, numbers[::-1]).tolist() == tiling[::-1]  # a window depends on its number only
 
 
 @pytest.mark.parametrize("seq_len, W, cases", [
@@ -76,7 +76,7 @@ def test_fixed_windows_tile_each_shard(seq_len):
     (1, 108, {n: n for n in (1, 2, 3, 7, 50, 107, 108)}),
 ])  # fmt: skip
 def test_an_evaluation_scores_n_of_all_W_windows_evenly_spread(seq_len, W, cases):
-    """3 + 7 windows of 10 tile shards of 39 and 71 tokens, and 38 + 70 windows of 1."""
+    """Shards of 39 and 71 tokens hold 3 + 7 windows of length 10, and 38 + 70 windows of length 1."""
     for tokens, n in cases.items():
         even = [math.floor(Fraction(j * W, n)) for j in range(n)]
         assert make_split((39, 71)).spread(seq_len, tokens).tolist() == even
@@ -109,7 +109,7 @@ def test_open_dataset_reads_what_was_written(tmp_path):
     assert np.array_equal(dataset.token_bytes, np.load(tmp_path / "token_bytes.npy"))
 
 
-def test_a_fingerprint_is_of_the_text_alone(tmp_path):
+def test_a_fingerprint_depends_on_the_text_alone(tmp_path):
     write_random(tmp_path)
     meta = json.loads((tmp_path / "meta.json").read_text())
 

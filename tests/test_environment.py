@@ -1,4 +1,4 @@
-"""Consoles that fail, compilers that are missing, limits of the machine: what a program meets outside itself."""
+"""Failures around a program: consoles that cannot be written, a missing compiler, and limits of the machine."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ def test_a_console_that_cannot_be_written_ends_no_program(console, tmp_path):
     assert console != "latin-1" or done.stdout.startswith(b"Ky\\u014dto 0\nKy\\u014dto 1\n")
 
 
-def test_a_run_whose_console_breaks_goes_on_to_its_end(tmp_path):
+def test_a_run_whose_console_breaks_continues_to_its_end(tmp_path):
     done = run_train(tmp_path, fault="r, w = os.pipe(); os.close(r); os.dup2(w, 1)")
     assert done.returncode == 0 and '"event": "final"' in (tmp_path / "log.jsonl").read_text()
 
@@ -54,14 +54,14 @@ def test_without_a_compiler_a_cpu_trains_uncompiled_after_one_line(capsys):
     assert line.startswith("torch.compile fails here: ") and "no-such-compiler" in line
 
 
-def test_workers_are_the_cores_that_the_process_may_use_and_take_no_torch(monkeypatch):  # 150 MiB in each
+def test_workers_are_as_many_as_usable_cores_and_import_no_torch(monkeypatch):  # torch takes 150 MiB in each
     code = "import prepare_wiki, sys; print(prepare_wiki.usable_cores(), 'torch' in sys.modules)"
     one = {min(os.sched_getaffinity(0))}
     limit = lambda: os.sched_setaffinity(0, one)  # noqa: E731
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, preexec_fn=limit)
     assert done.stdout == b"1 False\n"
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64))
-    monkeypatch.setattr(prepare_wiki.Path, "read_text", lambda path, **_: "350000 100000\n")  # a container's 3.5
+    monkeypatch.setattr(prepare_wiki.Path, "read_text", lambda path, **_: "350000 100000\n")  # a container's limit: 3.5
     assert prepare_wiki.usable_cores() == 3
 
 

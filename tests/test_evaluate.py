@@ -1,4 +1,4 @@
-"""The scores of a model: transformers and numpy repeat it from the shards alone, all in float32."""
+"""A model's scores in float32 against those of transformers and numpy, computed from the shards alone."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ TABLE = ((0, 64, 4, 1.0), (6, 200, 2, 0.5))
 
 @pytest.fixture(scope="module")
 def run(small_dir, tmp_path_factory) -> Config:
-    """A finished run on TABLE, whose last evaluation is its best."""
+    """Return the config of a finished run on TABLE whose last evaluation is its best."""
     out_dir = tmp_path_factory.mktemp("evaluate") / "run"
     config = Config(**SMALL, data_dir=str(small_dir), out_dir=str(out_dir), stages=TABLE, max_steps=12)
     assert train(config, Team()) == 0
@@ -32,7 +32,7 @@ def run(small_dir, tmp_path_factory) -> Config:
 
 @pytest.fixture
 def scored(run, small_dir):
-    """Return transformers' losses and hits (windows, positions) of n windows spread over a split, and their bytes."""
+    """Return a function that gives transformers' losses and hits (windows, positions) and the bytes of n windows."""
     qwen3 = as_qwen3(torch.load(f"{run.out_dir}/best.pt", weights_only=True))
     token_bytes = np.load(small_dir / "token_bytes.npy")
 
@@ -53,7 +53,7 @@ def scored(run, small_dir):
 
 
 @pytest.mark.parametrize("step, length, n", [(0, 64, 23), (6, 64, 23), (7, 200, 7)])
-def test_an_evaluation_is_of_the_windows_that_design_says(run, scored, step, length, n):
+def test_an_evaluation_equals_transformers_on_its_stages_windows(run, scored, step, length, n):
     config = dataclasses.replace(run, eval_tokens=1_500, micro_batch_tokens=777, plan_ppl=((1, 100), (100, 10)))
     data = open_dataset(run.data_dir, 200)
     trained, _ = load_model(Path(run.out_dir) / "best.pt")
@@ -69,12 +69,12 @@ def test_an_evaluation_is_of_the_windows_that_design_says(run, scored, step, len
 
 
 def mean_and_error(losses: np.ndarray) -> tuple[float, float]:
-    """Return the mean of losses (windows, positions) and its standard error, each window being one observation."""
+    """Return the mean of losses (windows, positions) and its standard error, with one observation per window."""
     means = losses.mean(1)
     return means.mean(), means.std(ddof=1) / math.sqrt(len(means))
 
 
-def test_another_program_repeats_the_tables_of_a_finished_run(run, scored, monkeypatch):
+def test_the_printed_tables_equal_those_of_transformers(run, scored, monkeypatch):
     on_machine = model.on_machine
     monkeypatch.setattr(model, "on_machine", lambda *args: on_machine(*args[:3], compile=False))
     done = call_program("evaluate.py", f"--out_dir={run.out_dir}", "--micro_batch_tokens=777", "--dtype=float32")
@@ -94,7 +94,7 @@ def test_another_program_repeats_the_tables_of_a_finished_run(run, scored, monke
         name, *printed = line.split()
         assert name == f"{start + 1}-{end}"
         assert list(map(float, printed)) == pytest.approx(mean_and_error(losses[:, start:end]), abs=1e-4)
-    final = read_log(Path(run.out_dir))[-1]  # of the last weights, which are the best here
+    final = read_log(Path(run.out_dir))[-1]  # scores the last weights, here also the best
     of_final = [final["val_loss"], final["val_ppl"], 100 * final["val_accuracy"], final["val_bpb"]]
     assert final["event"] == "final" and of_final == pytest.approx([loss, ppl, accuracy, bpb], rel=1e-4, abs=0.006)
 
@@ -104,7 +104,7 @@ def test_another_program_repeats_the_tables_of_a_finished_run(run, scored, monke
     ({"plan_ppl": 20.0}, "ppl 20.1 (behind plan: 20), gap +0.10, best"),
     ({"plan_ppl": 20.4}, "ppl 20.1 (ahead of plan: 20), gap +0.10, best"),
     ({"gap": 0.69, "is_best": False, "bad_evals": 3}, "ppl 20.1, gap +0.69, no best for 3"),
-    ({"gap": 0.70}, "ppl 20.1, gap +0.70 overfits, best"),  # from ln 2 on
+    ({"gap": 0.70}, "ppl 20.1, gap +0.70 overfits, best"),  # at ln 2 or more
 ])  # fmt: skip
 def test_an_evaluations_line_compares_with_plan_best_and_training(changes, end):
     record = {"step": 1_000, "stage": 1, "seq_len": 64, "val_loss": 3.0, "val_ppl": math.exp(3), "plan_ppl": None}

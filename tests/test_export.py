@@ -1,4 +1,4 @@
-"""export.py: what transformers makes of the folder, without a network, against the model and the shards."""
+"""export.py: transformers opens the folder offline and agrees with the model's logits and the shards' tokens."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def test_logits_are_equal_at_every_length(tmp_path):
 
 
 def test_transformers_never_generates_an_id_that_pads_the_vocabulary(tmp_path):
-    """Such ids are by far the likeliest here."""
+    """The padding's ids are by far the likeliest here."""
     model = wild_model(GPTConfig(3, 2, 64), 64)
     model.embed.weight.data[VOCAB_SIZE:] *= 50
     export.write_model(tmp_path, model)
@@ -78,8 +78,8 @@ STRANGE = ["", " ", "a  b   c", "\n\n\r\n\t x", "don't DON'T we'll", "\u00a0\u20
            "<|im_start|>", "\ud7ff\ue000", "ฉันรักภาษาไทย हिन्दी", "x" * 3000]  # fmt: skip
 
 
-def test_texts_have_the_tokens_that_shards_hold_and_come_back(hf_dir, sample_dir):
-    """Every article of the sample, strange texts and random characters. A special token's are plain characters."""
+def test_texts_are_tokenized_as_in_the_shards_and_decoded_back(hf_dir, sample_dir):
+    """Try all the sample's articles, strange texts, and random ones. Special tokens in a text are plain characters."""
     tokenizer, encoding = AutoTokenizer.from_pretrained(hf_dir), gpt2_encoding()
     assert tokenizer.model_max_length == 512 and len(tokenizer) == VOCAB_SIZE
     shards = [np.fromfile(sample_dir / f"{split}_00000.bin", "<u2") for split in ("train", "val")]
@@ -95,7 +95,7 @@ def test_texts_have_the_tokens_that_shards_hold_and_come_back(hf_dir, sample_dir
     assert tokenizer("<|endoftext|>", split_special_tokens=False, add_special_tokens=False).input_ids == [ENDOFTEXT]
 
 
-CHK_TXT = (  # of llama.cpp's convert_hf_to_gguf_update.py (MIT licence), from the sdist of llama-cpp-python 0.3.36
+CHK_TXT = (  # from llama.cpp's convert_hf_to_gguf_update.py (MIT licence), in the sdist of llama-cpp-python 0.3.36
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫\ufe0f (multiple emojis concatenated) "
     "✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
     "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, "
@@ -104,7 +104,7 @@ CHK_TXT = (  # of llama.cpp's convert_hf_to_gguf_update.py (MIT licence), from t
 
 
 def test_llama_cpp_knows_the_tokenizer_of_its_export(run_dir, monkeypatch):
-    """The converter tells GPT-2's by a hash of a text's tokens, and takes from the config that one comes first."""
+    """llama.cpp's converter knows GPT-2's tokenizer by a hash of CHK_TXT's tokens. It reads add_bos_token, too."""
     folder = run_dir.parent / "llama"
     monkeypatch.setenv("HOME", str(folder.parent))
     done = call_program("export.py", f"~/{run_dir.name}", "--to=~/llama", "--llama_cpp")
@@ -116,7 +116,7 @@ def test_llama_cpp_knows_the_tokenizer_of_its_export(run_dir, monkeypatch):
 
 
 def test_a_pipeline_continues_as_sample_does(run_dir, hf_dir):
-    """Greedily, in a batch of two lengths, for which the shorter prompt is padded."""
+    """Both take the likeliest token. The pipeline gets both prompts in one batch, which pads the shorter one."""
     prompts = ["The history of", "A much longer prompt than the other one, which says"]
     how = f"--out_dir={run_dir}", "--temperature=0", "--max_new_tokens=40", "--dtype=float32"
     made = [call_program("sample.py", f"--prompt={prompt}", *how).stdout for prompt in prompts]
@@ -126,7 +126,7 @@ def test_a_pipeline_continues_as_sample_does(run_dir, hf_dir):
     assert generator.model.generation_config.temperature == 0.8 and generator.model.generation_config.do_sample
 
 
-def test_the_card_tells_of_curriculum_data_validation_and_licence(hf_dir, run_dir, small_dir):
+def test_the_card_shows_curriculum_data_validation_and_licence(hf_dir, run_dir, small_dir):
     card = (hf_dir / "README.md").read_text()
     last = [record for record in read_log(run_dir) if record["event"] == "eval"][-1]
     lines = [" ".join(line.split()) for line in card.splitlines()]
@@ -137,7 +137,7 @@ def test_the_card_tells_of_curriculum_data_validation_and_licence(hf_dir, run_di
     assert "on 3,328 tokens, 12 steps" in card  # 8 * 256 + 3 * 256 + 512
 
 
-def test_what_goes_wrong_is_one_line(run_dir, tmp_path, monkeypatch):
+def test_a_failed_export_is_one_line_and_status_2(run_dir, tmp_path, monkeypatch):
     other, to = tmp_path / "other", tmp_path / "hf"
     other.mkdir()
     shutil.copy(run_dir / "best.pt", other)

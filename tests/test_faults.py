@@ -1,6 +1,6 @@
-"""Kills, full disks, damaged files, too little memory: a run continues as if nothing had been, or says why not.
+"""Kills, full disks, damaged files, too little memory: a run resumes bit for bit, or prints why it cannot.
 
-Everything is compared with `unbroken`, the same run left alone: every tensor to the bit, every record except times.
+Results are compared with `unbroken`, the same run without a fault: all tensors bit for bit, the log except for times.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """A run killed in its step 13: prev.pt is of step 10, last.pt of step 12."""
+    """Return the out_dir of a run killed in step 13. Its prev.pt is from step 10, its last.pt from step 12."""
     out_dir = tmp_path_factory.mktemp("started") / "run"
     assert run_train(out_dir, fault="signal_in_step(13, SIGKILL)").returncode == -SIGKILL
     return out_dir
@@ -46,7 +46,7 @@ def files(out_dir) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("optimizer, compile", [("muon", False), ("adamw", False),
                                                 pytest.param("muon", True, marks=pytest.mark.slow)])  # fmt: skip
-def test_a_run_killed_at_any_moment_ends_bit_for_bit_like_one_that_was_not(optimizer, compile, tmp_path):
+def test_a_run_killed_at_any_moment_ends_bit_for_bit_like_an_unbroken_one(optimizer, compile, tmp_path):
     how = {"optimizer": optimizer, "compile": compile, "dtype": "float32"}
     assert run_train(tmp_path / "unbroken", **how).returncode == 0
     chance, statuses, moments = random.Random(0), [-SIGKILL], (60, 100) if compile else (1, 40)
@@ -86,14 +86,14 @@ def test_nohup_keeps_a_run_from_sighup_and_a_second_signal_kills_it(halfway, unb
     assert_same_run(halfway, unbroken)
 
 
-def test_a_run_made_longer_is_as_if_long_from_the_start_and_a_finished_one_stays(unbroken, tmp_path):
+def test_an_extended_run_equals_one_long_from_the_start_and_a_finished_one_stays(unbroken, tmp_path):
     for max_steps in (10, 20, 30, 30):
         assert run_train(tmp_path, max_steps=max_steps).returncode == 0
         assert read_log(tmp_path)[-1]["event"] == "final"
     assert_same_run(tmp_path, unbroken)
 
 
-def test_what_decides_no_number_may_change_and_the_same_shards_may_be_elsewhere(halfway, tmp_path):
+def test_some_keys_may_change_on_resume_and_the_same_shards_may_be_elsewhere(halfway, tmp_path):
     keys = {"max_steps": 16, "cooldown_steps": 2, "patience": 3, "plan_ppl": ((1, 9.0),), "phases": (("a", 9),)}
     keys |= {"eval_interval": 5, "checkpoint_interval": 7, "log_interval": 2, "micro_batch_tokens": 64}
     shutil.copytree(folder() / "data", tmp_path / "elsewhere")
@@ -121,8 +121,8 @@ def test_another_run_is_refused_in_one_line_that_names_what_differs(halfway, tmp
     assert files(halfway) == before
 
 
-def test_checkpoints_that_a_full_disk_refuses_cost_nothing_but_the_steps_since_the_last(halfway, unbroken):
-    """A size limit that the log keeps and a checkpoint does not: the kernel refuses each in the middle of its file."""
+def test_checkpoints_that_a_full_disk_refuses_cost_only_the_steps_since_the_last_one(halfway, unbroken):
+    """The file-size limit is above the log's size and below a checkpoint's: the kernel stops each save halfway."""
     before = (halfway / "last.pt").read_bytes()
     done = run_train(halfway, "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))")
     *warnings, last = done.stderr.splitlines()
@@ -157,7 +157,7 @@ def test_a_refused_best_costs_no_checkpoint_and_is_written_by_the_next_evaluatio
 def test_a_log_that_a_full_disk_refuses_has_no_gap_and_no_repeat_afterwards(fault, status, saved, tmp_path, unbroken):
     done = run_train(tmp_path, fault=fault)
     assert done.returncode == status and done.stderr.count("log.jsonl cannot be written: No space left on device") == 1
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == saved  # none counts on records that are not there
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == saved  # no checkpoint is ahead of the log
     assert status == 0 or run_train(tmp_path).returncode == 0
     assert_same_run(tmp_path, unbroken)
 
@@ -173,12 +173,12 @@ def test_prev_takes_the_place_of_a_last_checkpoint_that_is_damaged_or_missing(da
     done = run_train(halfway, fault="signal_in_step(11, SIGTERM)")
     assert "resuming from step 10" in done.stdout and done.stderr.count("last.pt is damaged") == bool(damage)
     kept = [load_checkpoint(halfway / name)["step"] for name in ("prev.pt", "last.pt")]
-    assert kept == [10, 12]  # the damaged one did not become prev.pt
+    assert kept == [10, 12]  # the damaged last.pt did not become prev.pt
     assert run_train(halfway).returncode == 0
     assert_same_run(halfway, unbroken)
 
 
-def test_damaged_both_and_checkpoints_of_another_version_end_with_status_2(halfway):
+def test_two_damaged_checkpoints_or_one_of_another_version_end_with_status_2(halfway):
     for name in ("last.pt", "prev.pt"):
         (halfway / name).write_bytes(flipped((halfway / name).read_bytes()))
     before = files(halfway)
@@ -186,7 +186,7 @@ def test_damaged_both_and_checkpoints_of_another_version_end_with_status_2(halfw
     assert done.returncode == 2 and "prev.pt is damaged" in done.stderr.splitlines()[-1]
     assert files(halfway) == before
     old = {"config": {}, "step": 12, "model": {}, "optimizers": [], "best": (16, 5.0, 0), "unwritten": ""}
-    torch.save(old, halfway / "last.pt")  # as it was before `progress` and `log_length`
+    torch.save(old, halfway / "last.pt")  # the format before `progress` and `log_length`
     done = run_train(halfway)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and "last.pt is not a checkpoint of this version" in line
@@ -197,7 +197,7 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path):
     save_checkpoint(path, {"config": {}, "step": 3, "model": {"weight": weight}})
     data = path.read_bytes()
     contents = []
-    for place in [*chance.integers(len(data), size=300), *range(len(data) - 99, len(data))]:  # the archive's ends, too
+    for place in [*chance.integers(len(data), size=300), *range(len(data) - 99, len(data))]:  # and all of the end
         contents.append(data[:place] + bytes([data[place] ^ 1 << chance.integers(8)]) + data[place + 1 :])
     for content in contents + [data[:place] for place in chance.integers(len(data), size=100)]:
         path.write_bytes(content)
@@ -205,19 +205,19 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path):
             loaded = load_checkpoint(path)
         except UserError as error:
             assert str(path) in str(error)
-        else:  # a bit of the archive's padding, names or dates, which carry nothing
+        else:  # the bit was in the archive's padding, names or dates, which carry no data
             assert loaded["step"] == 3 and torch.equal(loaded["model"]["weight"], weight) and len(content) == len(data)
 
 
 class Attack:
-    """Unpickled, it makes a folder."""
+    """An object that makes a folder when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("attacked",)
 
 
 @pytest.mark.parametrize("as_archive", [True, False])
-def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(as_archive, tmp_path, monkeypatch):
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(as_archive, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, state = tmp_path / "best.pt", {"config": {}, "step": 1, "model": Attack()}
     torch.save(state, path, _use_new_zipfile_serialization=as_archive)
@@ -225,11 +225,11 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(as_archive, tm
         load_checkpoint(path)
     assert not (tmp_path / "attacked").exists()
     torch.load(path, weights_only=False)
-    assert (tmp_path / "attacked").exists()  # the attack is real: the unsafe way of loading falls for it
+    assert (tmp_path / "attacked").exists()  # the attack is real: unsafe loading runs it
 
 
 def test_out_of_memory_is_one_line_and_what_it_advises_helps(tmp_path):
-    """Logits of 32,768 tokens do not fit into 200 MB more than a program has, and those of 2,048 do: 67 and 4 MB."""
+    """With 200 MB to spare, a step on 32,768 tokens (67 MB of logits) fails, and one on 2,048 (4 MB) succeeds."""
     limit = "import resource; size = 200_000_000 + 4096 * int(open('/proc/self/statm').read().split()[0]);"
     limit += "resource.setrlimit(resource.RLIMIT_AS, (size, size))"
     keys = {"stages": ((0, 64, 512, 1.0),), "max_steps": 2}

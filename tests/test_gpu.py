@@ -1,6 +1,6 @@
 """A GPU computes what a CPU does, and a run on it resumes, samples, exports and joins torchrun's group.
 
-Skipped without a GPU. A GPU adds up in no fixed order: runs repeat to rounding only.
+Skipped without a GPU. A GPU sums in no fixed order, so runs repeat only up to rounding.
 """
 
 import os
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def steps_of_all_stages(device: str, dtype: str, compile: bool, micro_batch_tokens: int, times: int) -> list[tuple]:
-    """Return the loss and the gradients of a small model at a step of each stage of config/curriculum9.py, each made
-    `times`: a CUDA graph is recorded at the second and repeated at the third."""
+    """Make one step of each stage of curriculum9 `times` times with a small model; return each loss with its gradients.
+    The second time records a CUDA graph, and the third replays it."""
     arguments = ["--grad_clip=0", f"--micro_batch_tokens={micro_batch_tokens}"]
     config = load_config([str(ROOT / "config" / "curriculum9.py"), *arguments])
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128), 2048)
@@ -53,8 +53,8 @@ def cpu_steps() -> list[tuple]:
 @pytest.mark.parametrize("use_graph, static_shapes", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("dtype, compile, limit", [
     ("float32", False, 1e-4), ("bfloat16", True, 1e-1), ("float16", False, 1e-2)])  # fmt: skip
-def test_a_step_of_every_stage_is_the_cpu_s(use_graph, static_shapes, dtype, compile, limit, cpu_steps, monkeypatch):
-    """Once the cases with True pass on a GPU, graph.py's and model.py's constants of these names may be True."""
+def test_a_step_of_every_stage_equals_the_cpus(use_graph, static_shapes, dtype, compile, limit, cpu_steps, monkeypatch):
+    """graph.USE_CUDA_GRAPH and model.USE_STATIC_SHAPES may become True once their cases here pass on a GPU."""
     monkeypatch.setattr("graph.USE_CUDA_GRAPH", use_graph)
     monkeypatch.setattr("model.USE_STATIC_SHAPES", static_shapes)
     times, tokens = (3, 16_384) if use_graph else (1, 12_288)
@@ -68,7 +68,7 @@ def test_a_step_of_every_stage_is_the_cpu_s(use_graph, static_shapes, dtype, com
 
 @pytest.fixture(scope="module")
 def unbroken(sample_dir, tmp_path_factory) -> Path:
-    """The out_dir of a small run on the GPU in float32; gpu.py in it is the run's config."""
+    """Return the out_dir of a small float32 run on the GPU. The run's config is gpu.py in out_dir."""
     folder = tmp_path_factory.mktemp("unbroken")
     keys = SMALL | {"device": DEVICE, "dtype": "float32", "data_dir": str(sample_dir), "stages": FEW, "max_steps": 30}
     keys |= {"eval_tokens": 256, "eval_interval": 8, "checkpoint_interval": 3, "resume": True}
@@ -95,7 +95,7 @@ train.train(settings.load_config(sys.argv[1:]), parallel.Team())
 OF_TWO = """
 import sys, torch.distributed, parallel, settings, train
 sum_gradients = parallel.Team.sum_gradients
-def through_the_group(team, model, loss):  # whose only member this process is
+def through_the_group(team, model, loss):  # a group of this process alone
     team.count = 2
     loss = sum_gradients(team, model, loss)
     team.count = 1
@@ -124,7 +124,7 @@ def test_out_of_memory_is_one_line_and_status_2(unbroken, tmp_path):
     assert done.returncode == 2 and "out of memory" in line and "micro_batch_tokens" in line
 
 
-def test_a_sample_drawn_on_the_gpu_is_the_cpu_s_and_an_export_opens(unbroken, tmp_path, monkeypatch, capsys):
+def test_a_sample_drawn_on_the_gpu_equals_the_cpus_and_an_export_opens(unbroken, tmp_path, monkeypatch, capsys):
     texts = []
     for device in ("cpu", DEVICE):
         model = on_machine(load_model(unbroken / "best.pt")[0], device, "float32", compile=False)

@@ -1,4 +1,4 @@
-"""The GPT against transformers' Qwen3, against itself written out in numpy's float64, and against closed forms."""
+"""The GPT against transformers' Qwen3, against the same formulas in numpy's float64, and against closed forms."""
 
 import math
 import timeit
@@ -20,7 +20,7 @@ WIDE = GPTConfig(n_layer=2, n_head=12, n_embd=768, vocab_size=1000)  # the defau
 
 
 def random_model(config: GPTConfig, max_seq_len: int = 512) -> GPT:
-    """Return a model with weights as no run starts with: norms far from 1, attention far from uniform."""
+    """Return a model with weights unlike any initial ones: norms far from 1, attention far from uniform."""
     torch.manual_seed(0)
     model = GPT(config, max_seq_len)
     for weight in model.parameters():
@@ -42,11 +42,11 @@ def assert_near(ours, theirs, tolerance: float) -> None:
 @pytest.mark.parametrize("config, B, T", [(SMALL, 3, 97), (SMALL, 1, 3), (ODD, 1, 2049), (WIDE, 2, 97)])
 def test_loss_logits_and_all_gradients_are_those_of_transformers(config, B, T):
     model = random_model(config, T + 5)
-    theirs = as_qwen3({"config": vars(config), "model": model.state_dict()})  # its cosines and sines are its own
+    theirs = as_qwen3({"config": vars(config), "model": model.state_dict()})  # computes its own cosines and sines
     windows = random_tokens(config, B, T)
     loss = model.loss(windows)
     loss.backward()
-    expected = theirs(input_ids=windows, labels=windows)  # it shifts the labels itself
+    expected = theirs(input_ids=windows, labels=windows)  # transformers shifts the labels itself
     (expected.loss * B * (T - 1)).backward()
     assert loss.item() == pytest.approx(expected.loss.item() * B * (T - 1), rel=1e-6)
     assert_near(model(windows), expected.logits, 2e-5)
@@ -66,7 +66,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def turned(x: np.ndarray) -> np.ndarray:
-    """Turn x (H, T, D) by its positions in complex numbers: elements i and i + D/2 are one number's parts."""
+    """Rotate x (H, T, D) by position: elements i and i + D/2 are the real and imaginary part of a complex number."""
     T, D = x.shape[1:]
     z = x[..., : D // 2] + 1j * x[..., D // 2 :]
     z = z * np.exp(1j * np.outer(np.arange(T), 10_000.0 ** (-2 * np.arange(D // 2) / D)))
@@ -95,13 +95,13 @@ def plain_forward(tokens: torch.Tensor, model: GPT) -> np.ndarray:
     (torch.float32, 1e-6, 1e-7), (torch.bfloat16, 5e-3, 3e-4), (torch.float16, 1e-3, 1e-4)
 ])  # fmt: skip
 def test_logits_losses_and_hits_are_near_those_of_float64(dtype, each, mean):
-    """With weights near a run's: the residual stream of a bfloat16 model is bfloat16 too."""
+    """Use weights near a run's, because a bfloat16 model rounds its residual stream to bfloat16, too."""
     model = GPT(GPTConfig(n_layer=6, n_head=4, n_embd=128, vocab_size=2_000), 128)
     model.init_weights(1)
-    model.embed.weight.data *= 5  # as it grows in training: losses spread over some nats
+    model.embed.weight.data *= 5  # as in training: losses then spread over several nats
     model.dtype = dtype
     windows = random_tokens(model.config, 2, 129)
-    windows[1, 1::2] = windows[1, :-1:2]  # a repeated token: the model expects it, since the embedding is the head
+    windows[1, 1::2] = windows[1, :-1:2]  # repeats, which the model expects: its head is the embedding
     targets = windows[:, 1:].numpy()
     exact = np.stack([plain_forward(row, model) for row in windows[:, :-1]])
     expected = -np.log(np.take_along_axis(softmax(exact), targets[:, :, None], 2)[:, :, 0])
@@ -124,10 +124,10 @@ def test_flops_per_token_are_the_matrix_products_that_torch_counts(config, T):
 
 
 def test_a_model_starts_as_documented_and_knows_nothing():
-    """Norms are 1. Matrices are normal, by their variance and by Kolmogorov and Smirnov's distance."""
+    """Norms are 1. Matrices are normally distributed, by their variance and by the Kolmogorov-Smirnov distance."""
     model, other = (GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=9_000), 64) for _ in range(2))
     for weight in model.parameters():
-        weight.data.fill_(math.nan)  # every value has to be replaced
+        weight.data.fill_(math.nan)  # init_weights must replace every value
     model.init_weights(1337)
     other.init_weights(1338)
     assert model.config.n_params == sum(weight.numel() for weight in model.parameters())
@@ -144,14 +144,14 @@ def test_a_model_starts_as_documented_and_knows_nothing():
         matrices.append(x[: 256 * 256])
     correlations = torch.corrcoef(torch.stack(matrices))  # no two matrices are alike
     assert len(matrices) == 30 and (correlations - torch.eye(30)).abs().max() < 6 / 256
-    # Logits have variance C * 0.02^2, for every target: log V + variance / 2 is expected
+    # Logits have variance C * 0.02^2, so the expected loss is log V + variance / 2 for every target
     loss = model.loss(random_tokens(model.config, 4, 65)).item() / (4 * 64)
     error = 0.02 * math.sqrt(256) / math.sqrt(4 * 64)
     assert loss == pytest.approx(math.log(9_000) + 256 * 0.02**2 / 2, abs=4 * error)
 
 
 def loss_and_gradients(function, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple:
-    """Return the function's value, and the gradients of three times it."""
+    """Return the function's value, and the gradients of three times that value."""
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     loss = function(x, weight, targets)
     (3 * loss).backward()
@@ -164,8 +164,8 @@ def torchs_own(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 
 @pytest.mark.parametrize("stance", ["force_eager", "default"], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_cross_entropy_is_that_of_float64_and_loses_no_more_than_torchs_own(dtype, stance):
-    """Logits flat or in the hundreds, and targets of probability near 0.99, whose gradients rounding could hide."""
+def test_cross_entropy_is_about_as_near_to_float64_as_torchs_own(dtype, stance):
+    """Try logits flat or in the hundreds, and targets near probability 0.99, whose gradients rounding could hide."""
     torch.compiler.set_stance(stance)
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(5000, 32, generator=generator).to(dtype).float()
@@ -173,7 +173,7 @@ def test_cross_entropy_is_that_of_float64_and_loses_no_more_than_torchs_own(dtyp
     for scale, n_sure in ((0.1, 0), (1.0, 0), (20.0, 0), (1.0, 100), (1.0, 200)):
         x = (scale * torch.randn(200, 32, generator=generator)).to(dtype)
         toward = weight[targets[:n_sure]]
-        x[:n_sure] = 18 * toward / toward.square().sum(1, keepdim=True)  # their targets' logits are 18
+        x[:n_sure] = 18 * toward / toward.square().sum(1, keepdim=True)  # gives their targets the logit 18
         expected = loss_and_gradients(torchs_own, x.double(), weight.double(), targets)
         ours = loss_and_gradients(CrossEntropy.apply, x, weight, targets)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

@@ -24,7 +24,7 @@ def set_gradients(weights: list[torch.nn.Parameter], seed: int) -> None:
 
 
 def newton_schulz(x: torch.Tensor) -> torch.Tensor:
-    """Five steps of x <- a x + b (x x') x + c (x x')^2 x, from x over its Frobenius norm."""
+    """Divide x by its Frobenius norm, and return x after five steps of x <- a x + b (x x') x + c (x x')^2 x."""
     x = x / max(x.norm().item(), 1e-7)
     for _ in range(5):
         gram = x @ x.T
@@ -38,7 +38,7 @@ def test_muons_update_is_its_formula_in_float64_and_torchs(dtype, tolerance):
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
-    optimizer = Muon(weights, weight_decay=1.0, dtype=dtype)  # so much decay that its order shows
+    optimizer = Muon(weights, weight_decay=1.0, dtype=dtype)  # large, so that the order of decay and update matters
     reference = torch.optim.Muon(theirs, weight_decay=1.0, adjust_lr_fn="match_rms_adamw")
     exact, momenta = [weight.detach().double() for weight in weights], [0.0] * len(weights)
     for step, lr in enumerate(RATES):
@@ -74,7 +74,7 @@ def three_steps_of_a_rank(rank: int, count: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_several_processes_share_muons_work_and_get_one_processs_bits(tmp_path):
-    """There are 3, 2 and 1 matrices of a shape, so of three processes one or two have none."""
+    """Shapes have 3, 2 and 1 matrices: of three processes, one has none of the second shape, two none of the third."""
     for count in (2, 3):
         mp.spawn(three_steps_of_a_rank, (count, tmp_path), nprocs=count)
     for dtype, name in enumerate((torch.float32, torch.bfloat16)):

@@ -1,4 +1,4 @@
-"""bench/plot.py: curves against closed forms, what is in the picture by its pixels, the comparison, its failures."""
+"""bench/plot.py: curves against closed forms, the picture by its pixels, the comparison of runs, and failures."""
 
 import dataclasses
 import json
@@ -33,12 +33,12 @@ def price(n_layer: int, seq_len: int) -> int:
 
 
 def in_stages(steps: np.ndarray, first: float, second: float) -> np.ndarray:
-    """Return what `steps` steps cost, where a step of each stage has a cost."""
+    """Return the cost of `steps` steps, where `first` and `second` are what a step costs in each stage."""
     return first * np.minimum(steps, 10) + second * np.maximum(0, steps - 10)
 
 
 def make_run(out_dir: Path, loss: Callable = falling, seconds: tuple = (1, 3), steps=20, plan=False, **keys) -> Path:
-    """Write a run whose loss after n tokens is loss(n). Every fifth step is logged, and takes its stage's seconds."""
+    """Write a run whose loss after n tokens is loss(n). A step takes its stage's seconds; every fifth is logged."""
     config = Config(**{"n_layer": 1, "n_head": 2, "n_embd": 32, "stages": STAGES, "out_dir": str(out_dir)} | keys)
     records = []
     for step in range(steps + 1):
@@ -76,11 +76,11 @@ def test_smoothing():
     ("step", 1, 1),
 ])  # fmt: skip
 @pytest.mark.parametrize("last_logged", [20, 15])
-def test_curves_stages_and_axes_also_behind_the_last_training_record(tmp_path, x, first, second, last_logged):
+def test_curves_stages_and_axes_also_after_the_last_training_record(tmp_path, x, first, second, last_logged):
     log = make_run(tmp_path / "a", plan=True) / "log.jsonl"
     records = map(json.loads, log.read_text().splitlines())
     kept = [record for record in records if record["event"] != "train" or record["step"] <= last_logged]
-    log.write_text("".join(json.dumps(record) + "\n" for record in kept) + '{"event": "tr')  # a record being written
+    log.write_text("".join(json.dumps(record) + "\n" for record in kept) + '{"event": "tr')  # a half-written record
     plot.draw([plot.read_run(tmp_path / "a")], x, tmp_path / "a.png")
     loss, *_, perplexity = plt.gcf().axes
     curves = {line.get_label(): line for line in loss.lines}
@@ -102,14 +102,13 @@ def test_curves_stages_and_axes_also_behind_the_last_training_record(tmp_path, x
 
 
 def losses(output: str) -> list[list[float]]:
-    """The losses and differences in each row of the table of losses."""
+    """Return the losses and differences in each row of the table of losses."""
     rows = [line.split() for line in output.partition("difference\n")[2].splitlines()]
     return [[float(word) for word in row[2:]] for row in rows if row[0] in ("tokens", "flops", "seconds")]
 
 
 def test_losses_after_the_same_tokens_flops_and_time(tmp_path):
-    """Losses fall linearly in the tokens, so those between two evaluations are known. b is larger and has made only the
-    first stage, in steps of three seconds; c is a with a loss that is half a nat higher."""
+    """Loss is linear in tokens, so interpolation is exact. b is larger and has only stage 1; c is a plus half a nat."""
     make_run(tmp_path / "a", seconds=(1, 1))
     make_run(tmp_path / "b", lambda tokens: 2 * falling(tokens), (3, 3), steps=10, n_layer=40)
     make_run(tmp_path / "c", lambda tokens: falling(tokens) + 0.5, (1, 1))
@@ -120,7 +119,7 @@ def test_losses_after_the_same_tokens_flops_and_time(tmp_path):
         tokens = flops / price(1, 64) if flops < first_stage else 2560 + (flops - first_stage) / price(1, 128)
         expected.append((falling(tokens), 2 * falling(quarter * 2560)))
     assert 2560 < tokens < 6400  # a was in its second stage when it had done b's FLOPs
-    for seconds in (5, 10, 15, 20):  # b's 30 seconds are more than the others' 20
+    for seconds in (5, 10, 15, 20):  # up to 20, the time of a and c; b took 30
         expected.append((falling(in_stages(seconds, FIRST, SECOND)), 2 * falling(FIRST * seconds / 3)))
     for row, (of_a, of_b) in zip(losses(output), expected, strict=True):
         assert row == pytest.approx([of_a, of_b, of_b - of_a, of_a + 0.5, 0.5], abs=0.0011)

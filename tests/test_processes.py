@@ -1,4 +1,4 @@
-"""Several processes make the run that a single one would have made, and end together. The slow tests use torchrun."""
+"""Several processes make the same run as a single one, and end together. The slow tests use torchrun."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from conftest import ROOT, assert_same_run, read_log
 from bench.exactness import log_of
 from checkpoint import load_checkpoint
 
-# Batches that two or three processes do not divide, and one window for all of them
+# Batches that do not divide evenly among two or three processes, the last of them a single window
 KEYS = {"stages": ((0, 16, 8, 1.0), (5, 32, 7, 0.5), (10, 64, 1, 0.25)), "max_steps": 15, "checkpoint_interval": 4}
 KEYS |= {"learning_rate": 1e-3, "dtype": "float32"}
 
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def run_ranks(count: int, *arguments: object, rank_1: tuple = (), fault: str = "", **env: str) -> list:
-    """Run train.py on `count` processes; the second has further arguments, and the fault is its alone."""
+    """Run train.py as `count` ranks. Only rank 1 gets the arguments rank_1 and the fault."""
     env |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = [folder() / "config.py", *(f"--{key}={value}" for key, value in KEYS.items()), *arguments]
     children = [Child("train.py", *arguments, *(rank_1 if rank == 1 else ()), fault=fault if rank == 1 else "",
@@ -51,7 +51,7 @@ def test_two_and_three_processes_make_the_run_of_one(tmp_path):
         assert_same_losses(tmp_path / str(count), tmp_path / "1")
 
 
-def test_a_stop_signal_to_one_process_stops_all_and_any_number_may_continue(tmp_path):
+def test_a_stop_signal_to_one_process_stops_all_and_another_number_may_resume(tmp_path):
     whole, out_dir = tmp_path / "whole", tmp_path / "moved"
     assert run_train(whole, **KEYS).returncode == 0
     stopped = run_ranks(2, f"--out_dir={out_dir}", fault="signal_in_step(6, SIGTERM)")
@@ -74,7 +74,7 @@ def test_a_process_that_dies_ends_the_other_with_one_line(fault, tmp_path):
 
 
 def test_a_mistake_of_one_process_is_printed_by_it(tmp_path):
-    """Its own mistake, and another checkpoint than the first process reads."""
+    """First rank 1 alone has an invalid key. Then it reads another checkpoint than rank 0, and both print that."""
     first, second = run_ranks(2, f"--out_dir={tmp_path / 'run'}", rank_1=("--n_head=5",))
     assert (first.returncode, second.returncode) == (1, 2) and first.stderr.count("\n") == 1
     assert second.stderr.startswith("error: ") and second.stderr.count("n_head") == second.stderr.count("\n") == 1
@@ -93,11 +93,11 @@ def test_restarts_that_may_hang_are_refused_and_help_is_no_error():
 
 
 def start_torchrun(own: list[str], **keys: object) -> subprocess.Popen:
-    """Start train.py by torchrun, with torchrun's own arguments, the real vocabulary and other values of some keys."""
+    """Start train.py by torchrun with its arguments `own`, these keys changed, and the real vocabulary."""
     keys = KEYS | {"eval_tokens": 128} | keys
     ours = ["train.py", str(folder() / "config.py"), *(f"--{key}={value}" for key, value in keys.items())]
     command = [sys.executable, "-m", "torch.distributed.run", *own, *ours]
-    # As many threads for any number of processes, and a store of its own for each start
+    # The same number of threads for every world size, and a separate store for each start
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -1,7 +1,6 @@
-"""README and docs: every command in them runs, in a folder with small stand-ins, or is listed here with why not.
+"""README and docs: every command in them runs in a folder with small stand-ins, or NOT_HERE says why not.
 
-What they indent are commands and their comments, a fenced block is what they print, and a fenced block of
-Python is a configuration.
+In both, indented lines are commands and comments, fenced blocks are output, and fenced Python is a configuration.
 """
 
 import json
@@ -26,13 +25,13 @@ OWN = "config/mine.py"  # the worked example
 NOT_HERE = {
     r"make \w+": "runs this test, or trains for minutes",
     r"python3 -m venv .*|\. \S+activate": "makes the environment",
-    r"pip install .*|hf download .*|curl .*": "takes the network",
+    r"pip install .*|hf download .*|curl .*": "needs the network",
     r"python prepare_wiki.py .* --out data/wiki": "reads all of Wikipedia",
     r"(python|torchrun .*) train.py config/(curriculum9|fixed2048).py .*": "trains for hours",
     r"python llama.cpp/.*": "is a program of llama.cpp",
     r"export .*": "is for the shell that runs torchrun",
 }
-PRINTED_ELSEWHERE = "The history of"  # what the demo's model wrote
+PRINTED_ELSEWHERE = "The history of"  # a text by the demo's model
 
 
 def commands(text: str) -> list[str]:
@@ -57,7 +56,7 @@ NOT_RUN = [command for command in commands(README + DOCS) if command not in RUN]
 
 
 def run(command: str) -> subprocess.CompletedProcess:
-    """Run a command offline, `python PROGRAM ...` within this process, which saves importing torch."""
+    """Run a command offline. `python PROGRAM ...` runs in this process, which saves importing torch."""
     if re.fullmatch(r"python \S+\.py [^|]*", command):
         return call_program(*shlex.split(command)[1:])
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
@@ -66,13 +65,13 @@ def run(command: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Make a folder with pieces of these texts for articles, and with the demo and OWN cut to a tiny, short step."""
+    """Make a folder whose articles are pieces of these texts. Its demo and OWN train a tiny model for a step."""
     monkeypatch.chdir(tmp_path)
     on_machine = model.on_machine
     monkeypatch.setattr(model, "on_machine", lambda *args, **_: on_machine(*args[:3], compile=False))
     shutil.copytree(ROOT / "config", "config")
     Path("sample.py").symlink_to(ROOT / "sample.py")
-    text = 2 * (README + DOCS)  # for windows of 2,048 tokens in both splits
+    text = 2 * (README + DOCS)  # both splits need windows of 2,048 tokens
     articles = [{"title": f"From {i}", "text": text[i : i + 1000]} for i in range(0, len(text), 1000)]
     Path("articles.jsonl").write_text("".join(json.dumps(article) + "\n" for article in articles))
     Path("texts").mkdir()
@@ -102,7 +101,7 @@ def test_every_command_that_can_run_here_does_and_prints_what_the_readme_shows(f
     shown = [block for block in fenced("") if not block.startswith(PRINTED_ELSEWHERE)]
     assert len(shown) >= 4
     for first, *lines in map(forms, shown):
-        assert {first, *(line for line in lines if "#" not in line)} <= printed  # the headers of its tables
+        assert {first, *(line for line in lines if "#" not in line)} <= printed  # headers of tables
 
 
 @pytest.mark.parametrize("command", [command for command in NOT_RUN if re.search(r" (bench/)?\w+\.py", command)])

@@ -1,4 +1,4 @@
-"""bench/recipe.py: nanoGPT's model and schedule, equal budgets, and a run from its training to the tables."""
+"""bench/recipe.py: nanoGPT's model and schedule, equal budgets, and a run from training to the tables."""
 
 import math
 from argparse import Namespace
@@ -36,7 +36,7 @@ def test_gpt2_is_transformers_gpt2():
              "o_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "down_proj": "mlp.c_proj"}  # fmt: skip
     with torch.no_grad():
         for weight in theirs.parameters():
-            weight.zero_()  # the biases stay so
+            weight.zero_()  # the biases stay zero
         for name, weight in ours.named_parameters():
             if weight.ndim == 1:
                 weight.uniform_(0.5, 1.5)
@@ -53,7 +53,7 @@ def test_gpt2_is_transformers_gpt2():
 
 
 def test_gpt2_starts_and_decays_as_nanogpt_does():
-    """0.02 everywhere, but less by sqrt(2 * n_layer) where a block adds to the residual; norms have no decay."""
+    """Weights start at std 0.02, over sqrt(2 * n_layer) where a block adds to the residual. Norms do not decay."""
     model = recipe.GPT2(GPTConfig(8, 4, 256), 64)
     model.init_weights(0)
     for name, weight in model.named_parameters():
@@ -66,11 +66,11 @@ def test_gpt2_starts_and_decays_as_nanogpt_does():
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
 
 
-# The rates of 40 steps, of which 4 are warmup: nanoGPT's as its train.py has them, the others linear
+# Learning rates of 40 steps, 4 of them warmup: nanoGPT's by the formula in its train.py, the others linear
 STEP = np.arange(40)
 COSINE = np.where(STEP < 4, (STEP + 1) / 5, 0.1 + 0.9 * (1 + np.cos(np.pi * (STEP - 4) / 36)) / 2)
 LINEAR = np.minimum(1, np.minimum((STEP + 1) / 4, (40 - STEP) / 36))
-# The table's factor is that of the row which the step's middle falls into, by its share of the tokens
+# A step's factor is that of the row in which the step's middle falls, by share of all tokens
 ENDS = np.cumsum([32.768, 32.768, 65.536, 65.536, 96.768, 114.688, 153.6, 245.76, 819.2])
 FACTORS = np.array([row[3] for row in curriculum9.stages])[np.searchsorted(ENDS / ENDS[-1], (STEP + 0.5) / 40)]
 TABLE = FACTORS * np.minimum(1, np.minimum((STEP + 1) / 4, (40 - STEP) / 7))
@@ -87,7 +87,7 @@ def test_learning_rates_are_what_the_variants_say(variant, expected):
 
 
 def test_every_variant_has_the_same_budget():
-    """To half a step of two windows at most; and all lengths of its rows, then 2,048 that no step reaches."""
+    """Tokens match the budget to 0.75 of a batch. Stages have all the rows' lengths, then a 2,048 never reached."""
     for batch_tokens, steps in ((2048, 300), (16384, 1000)):
         for variant in recipe.VARIANTS.values():
             stages, max_steps = recipe.stages_of(variant["rows"], batch_tokens, steps * batch_tokens)
@@ -98,16 +98,16 @@ def test_every_variant_has_the_same_budget():
 
 
 def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
-    """Two variants, scored at 256: losses from the last weights' logits, what was spent computed by hand."""
+    """Train two variants and score them at 256: recompute losses from the last weights, and costs by hand."""
     rows = {"grown": {"rows": [(0.5, 64, 1.0), (0.5, 256, 1.0)]}, "nanogpt": {"rows": [(1.0, 256, 1.0)]}}
     for name, value in {"VARIANTS": rows, "LAST_LEN": 256, "CUTS": (64,), "WINDOWS": 2, "POINTS": 1}.items():
         monkeypatch.setattr(recipe, name, value)
     monkeypatch.setattr(recipe.Team, "watch_signals", lambda team: None)
     for name in ("GPT", "make_optimizers", "learning_rate"):
-        monkeypatch.setattr(train, name, getattr(train, name))  # put back at the end
+        monkeypatch.setattr(train, name, getattr(train, name))  # restored at the end
     monkeypatch.chdir(tmp_path)
     args = Namespace(data_dir=str(small_dir), results=str(tmp_path))
-    runs = [run_of(name, 4, 256, 1e-2) for name in ("grown", "nanogpt")]  # the second one changes train
+    runs = [run_of(name, 4, 256, 1e-2) for name in ("grown", "nanogpt")]  # nanogpt patches train
     for run in runs:
         recipe.train_run(run, args)
     paths = [recipe.result_path(run, args) for run in runs]
@@ -122,7 +122,7 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
     model.load_state_dict(torch.load(path, weights_only=True)["model"])
     val = torch.from_numpy(np.fromfile(small_dir / "val_00000.bin", "<u2").astype(np.int64))
     for n in (256, 64):
-        with torch.no_grad():  # of the 16 windows the first and the ninth
+        with torch.no_grad():  # the first and the ninth of 16 windows
             expected = [np.mean([F.cross_entropy(model(val[None, i : i + n])[0], val[i + 1 : i + n + 1]).item()
                                  for i in range(first, first + 256, n)]) for first in (0, 8 * 256)]  # fmt: skip
         assert nanogpt["losses"][str(n)] == pytest.approx(expected, abs=1e-4)
@@ -134,7 +134,7 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
     ours, theirs = (result["losses"]["256"] for result in (grown, nanogpt))
     difference, error = np.subtract(ours, theirs), np.std(np.subtract(ours, theirs), ddof=1) / math.sqrt(2)
     at_tokens = grown["points"][2]["loss"] - nanogpt["points"][1]["loss"]
-    # nanoGPT's is done after 5 seconds, ours after 7: at 5 it is half-way between its points at 3 and 7
+    # nanoGPT takes 5 seconds and grown 7: after 5, grown is half-way between its points at 3 and 7
     at_seconds = (grown["points"][1]["loss"] + grown["points"][2]["loss"]) / 2 - nanogpt["points"][1]["loss"]
     cells = [f"{difference.mean():+.3f} ± {error:.3f}", f"{at_tokens:+.3f}", f"{at_seconds:+.3f}"]
     row = next(line for line in text.splitlines() if line.split()[:3] == ["grown", "0.01", "1"])

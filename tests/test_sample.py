@@ -1,4 +1,4 @@
-"""Text out of a checkpoint, against transformers and the model's whole forward pass; and a user's mistakes."""
+"""sample.py against transformers and the model's full forward pass; what it prints; and a user's mistakes."""
 
 import io
 import re
@@ -22,7 +22,7 @@ GREEDY = {"seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
 
 def train_run(folder: Path, **keys: object) -> Path:
-    """Train a tiny model by the program and return its out_dir."""
+    """Train a tiny model with train.py and return its out_dir."""
     keys = SMALL | {"out_dir": str(folder / "run")} | keys
     (folder / "tiny.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
     assert call_program("train.py", folder / "tiny.py").returncode == 0
@@ -30,7 +30,7 @@ def train_run(folder: Path, **keys: object) -> Path:
 
 
 def wild_model(config: GPTConfig, max_seq_len: int) -> GPT:
-    """Weights as no run begins with: attention is far from uniform, and the text does not repeat one token."""
+    """Return a model with weights unlike any initial ones: attention is uneven, and texts do not repeat one token."""
     torch.manual_seed(0)
     model = GPT(config, max_seq_len).requires_grad_(False)
     for weight in model.parameters():
@@ -40,7 +40,7 @@ def wild_model(config: GPTConfig, max_seq_len: int) -> GPT:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, small_dir):
-    """A run that ends before the last stage of its table, of a few steps, so that its text is not all one token."""
+    """Return a run that ends before its table's last stage. Its steps are few, so its text is not all one token."""
     stages = ((0, 32, 8, 1.0), (4, 48, 8, 1.0), (8, 64, 8, 1.0))
     return train_run(tmp_path_factory.mktemp("trained"), data_dir=str(small_dir), stages=stages, max_steps=8)
 
@@ -52,7 +52,7 @@ def run_sample(trained):
 
 @pytest.mark.parametrize("prompt", [1, 2, 37, 100])
 def test_logits_with_the_cache_are_those_of_the_whole_forward(prompt):
-    """In a batch of different texts, the prompt at once and then a token at a time, to the last position there is."""
+    """Feed a batch its prompts at once and then one token at a time, up to the last position."""
     config = GPTConfig(3, 4, 64, vocab_size=257)
     model = wild_model(config, 100)
     tokens = torch.randint(257, (3, 100), generator=torch.Generator().manual_seed(prompt))
@@ -63,7 +63,7 @@ def test_logits_with_the_cache_are_those_of_the_whole_forward(prompt):
 
 
 def test_in_bfloat16_the_matrices_alone_are_rounded_and_the_logits_stay_near(monkeypatch):
-    """The model as the program uses it, against the same model in float32."""
+    """Compare the model as sample.py uses it with the same model in float32."""
     config, used, timed = GPTConfig(3, 4, 64), [], []
     monkeypatch.setattr(sample, "load_model", lambda path: (wild_model(config, 60), {}))
     monkeypatch.setattr(sample, "generate", lambda model, *_: used.append(model) or iter([]))
@@ -91,7 +91,7 @@ def test_probabilities_are_those_of_transformers_without_the_padding(temperature
     logits = 4 * torch.randn(2, 50304, generator=torch.Generator().manual_seed(0))
     logits[:, VOCAB_SIZE:] = 100.0
     expected = logits[:, :VOCAB_SIZE].double()
-    warpers = [TemperatureLogitsWarper(max(temperature, 1e-6))]  # so low a temperature leaves the likeliest alone
+    warpers = [TemperatureLogitsWarper(max(temperature, 1e-6))]  # 1e-6 leaves only the likeliest token
     warpers += [TopKLogitsWarper(min(top_k, VOCAB_SIZE))] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     for warper in warpers:
@@ -104,7 +104,7 @@ def test_probabilities_are_those_of_transformers_without_the_padding(temperature
 
 
 def test_tokens_are_drawn_with_the_probabilities_of_the_model():
-    """The first token of many samples, against the softmax by hand: a chi-square test with 8 degrees of freedom."""
+    """Compare the first token of 2,000 samples with a softmax by hand, by chi-square with 8 degrees of freedom."""
     model = GPT(GPTConfig(1, 2, 32), 16).requires_grad_(False)
     model.init_weights(0)
     model.embed.weight.data *= 5  # so that the distribution is far from even
@@ -117,7 +117,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model():
     assert ((counts - 2000 * weights) ** 2 / (2000 * weights)).sum() < 26.1  # the 0.999 quantile
 
 
-def test_a_text_that_has_ended_stays_ended_while_others_go_on(monkeypatch):
+def test_a_text_that_has_ended_stays_ended_while_others_continue(monkeypatch):
     script = iter([[1, 2, 3], [ENDOFTEXT, 4, 5], [6, 7, ENDOFTEXT], [8, ENDOFTEXT, 9], [10, 11, 12]])
     model = wild_model(GPTConfig(1, 2, 32), 64)
     monkeypatch.setattr(sample, "extend", lambda *_: F.one_hot(torch.tensor(next(script)), 50304).float())
@@ -126,19 +126,19 @@ def test_a_text_that_has_ended_stays_ended_while_others_go_on(monkeypatch):
 
 
 def test_no_character_is_shown_before_it_is_whole():
-    """Tokens that cut characters in two, against all bytes up to each of them."""
+    """Compare the text after each token with all bytes so far. Some tokens end inside a character."""
     encoding = gpt2_encoding()
     for text in ("naïve 👩‍🚀 Ωmega", "短い𝔘nicode", "", "🏳️‍🌈 end"):
         tokens = encoding.encode_ordinary(text)
         pieces = list(decode([*tokens, ENDOFTEXT, 7], encoding))
-        for i in range(len(tokens)):  # what "ignore" leaves out is the beginning of a character
+        for i in range(len(tokens)):  # "ignore" drops an unfinished character
             assert "".join(pieces[: i + 1]) == encoding.decode_bytes(tokens[: i + 1]).decode(errors="ignore")
         assert "".join(pieces) == text
     assert list(decode(encoding.encode_ordinary("🏳")[:1], encoding)) == ["", "\ufffd"]  # half a character
 
 
 def test_a_single_text_is_written_out_as_it_is_made(trained, monkeypatch):
-    """Before a token is drawn, all text up to it has left the program's buffers."""
+    """All earlier text has left the program's buffers before the next token is drawn."""
     encoding, screen = gpt2_encoding(), io.BytesIO()
 
     def slowly(*_):
@@ -169,11 +169,11 @@ def test_the_seed_decides_wherever_the_prompt_comes_from(run_sample, monkeypatch
 
 
 def test_the_longest_trained_window_ends_the_text(trained, run_sample):
-    """Of the table's stages only those that the run has reached count."""
+    """Only the stages that the run has reached count, not the whole table."""
     model, checkpoint = load_model(trained / "best.pt")
     assert (model.max_seq_len, checkpoint["step"]) == (48, 8)
     assert len(list(generate(model, [464] * 22, 1, 200, **GREEDY))) == 26
-    prompt = "--prompt=word" + " word" * 20  # 22 tokens with the one that begins the article
+    prompt = "--prompt=word" + " word" * 20  # 22 tokens, counting the <|endoftext|> before an article
     assert run_sample(prompt, "--max_new_tokens=26").stderr == ""
     assert "texts stop at 48 tokens" in run_sample(prompt, "--max_new_tokens=27").stderr
 

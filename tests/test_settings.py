@@ -1,4 +1,4 @@
-"""The settings as a user gives them: what is read, what wins, and what is refused in one line with status 2."""
+"""Settings as a user gives them: how they are read, which one wins, and which mistakes are refused in one line."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ HOME = os.path.expanduser("~")
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a config file; return its path."""
+    """Return a function that writes a config file and returns its path."""
 
     def write(text: str, name: str = "mine.py") -> str:
         (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -46,9 +46,9 @@ def test_the_last_of_default_file_and_arguments_wins(write):
     ("out_dir=a=--b", "a=--b"), ("out_dir=~/run", f"{HOME}/run"), ("data_dir=~", HOME), ("device=~", "~"),
     ("stages=[[0, 64, 8, 1], (5, 128, 4, 0.5)]", ((0, 64, 8, 1), (5, 128, 4, 0.5))),
 ])  # fmt: skip
-def test_a_value_is_what_its_keys_type_makes_of_it(write, argument, value):
+def test_a_value_is_converted_to_its_keys_type(write, argument, value):
     key = argument.partition("=")[0]
-    for argv in ([write(""), f"--{argument}"], [write(f"{key} = {value!r}\n")]):  # written out in a file it is the same
+    for argv in ([write(""), f"--{argument}"], [write(f"{key} = {value!r}\n")]):  # from an argument, and from a file
         read = getattr(load_config(argv), key)
         assert (read, type(read)) == (value, type(value))
 
@@ -80,7 +80,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(write, typed, mean
     assert not typed.isidentifier() or refusal(write(f"{typed} = 1\n")) == said
 
 
-def test_imported_keys_count_and_what_else_a_file_imports_defines_or_hides_is_its_own(write):
+def test_imported_keys_count_and_other_names_that_a_file_imports_or_defines_do_not(write):
     write("half = 2\n", "helper_beside_the_config.py")
     path = write(
         "\ufefffrom __future__ import annotations\n"  # with a byte order mark
@@ -135,13 +135,13 @@ def test_no_bug_is_taken_for_a_users_error(kind):
         raise kind("a bug")
 
 
-# What a user types after `train.py small.py` (or another program), and a part of the line that answers
+# What a user types after `train.py small.py`, or with another program, and a part of the line that is printed
 MISTAKES = {
     "--seed": "--seed=: not a whole number",
     "seed=3": "one config file and --key=value arguments, not small.py seed=3",
     "--weight_decay=-1": "weight_decay=-1",
     "--optimizer=sgd": "optimizer='sgd' is none of adamw, muon",
-    "--n_head=32": "n_head=32",  # a head of one dimension cannot be turned
+    "--n_head=32": "n_head=32",  # rotary positions need an even head_dim, not 1
     "--micro_batch_tokens=32": "micro_batch_tokens=32 is less than a window of 64",
     "--stages=[(0,99999,1,1.0)] --micro_batch_tokens=99999": "no train shard",
     "--data_dir=nowhere": "nowhere is not a dataset",
@@ -157,7 +157,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, small_dir):
-    """A folder with what the mistakes need: a config, a run, and a file that is not a checkpoint."""
+    """Make a folder with what the mistakes need: a config, a run, and a file that is not a checkpoint."""
     folder = tmp_path_factory.mktemp("mistakes")
     keys = SMALL | {"stages": FEW, "eval_tokens": 512, "max_steps": 2, "data_dir": str(small_dir)}
     (folder / "small.py").write_text("".join(f"{k} = {v!r}\n" for k, v in keys.items()) + "out_dir = 'run'\n")

@@ -1,4 +1,4 @@
-"""The step against formulas and torch's own autograd; the loop by the log that it leaves."""
+"""The step against formulas and torch's own autograd; the loop by the log and checkpoints that it writes."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def small_step(scaler=None, sgd=False, **keys):
 
 
 def gradients_of_step(**keys) -> tuple:
-    """Return the model before a step, and the step's loss, norm and gradients: SGD subtracts half of them."""
+    """Return the model before a step, and the step's loss, norm and gradients, which are twice what SGD subtracts."""
     model, _, step = small_step(sgd=True, grad_clip=0.0, **keys)
     old = copy.deepcopy(model)
     loss, norm = step()
@@ -87,7 +87,7 @@ def test_a_step_without_a_finite_loss_and_gradient_changes_neither_weights_nor_m
 
 
 class CPUGraph(TorchDispatchMode):
-    """What a CUDA graph does: note each operation and its tensors, and repeat them on the same memory."""
+    """A CUDA graph for CPUs: it records each operation with its tensors, and replays them on the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ def test_steps_by_graph_are_the_plain_steps_to_the_bit(dtype, monkeypatch):
     assert runs[0] == runs[1] and graph.graph.operations
 
 
-def test_the_log_and_the_checkpoints_are_what_design_says(tmp_path):
+def test_the_log_and_the_checkpoints_of_a_whole_run(tmp_path):
     table = ((0, 16, 8, 1.0), (10, 32, 4, 0.5), (20, 64, 3, 0.25), (90, 64, 1, 1.0))
     done = run_train(tmp_path, stages=table, log_interval=4, plan_ppl=((8, 99.0),), seed=3)
     assert done.returncode == 0 and done.stderr == ""
@@ -153,7 +153,7 @@ def test_the_log_and_the_checkpoints_are_what_design_says(tmp_path):
     saved = {name: load_checkpoint(tmp_path / name) for name in ("last.pt", "prev.pt", "best.pt")}
     assert [state["step"] for state in saved.values()] == [30, 27, 30] and "optimizers" not in saved["best.pt"]
     config = Config(**saved["last.pt"]["config"])
-    assert (config.seed, config.stages, config.micro_batch_tokens) == (3, table, 3 * 64)  # the most of a step
+    assert (config.seed, config.stages, config.micro_batch_tokens) == (3, table, 3 * 64)  # capped at the largest batch
 
 
 def test_a_run_resumed_with_dtype_auto_keeps_its_type_and_another_is_announced(tmp_path):
@@ -166,7 +166,7 @@ def test_a_run_resumed_with_dtype_auto_keeps_its_type_and_another_is_announced(t
     assert said == [False, False, True, False]
 
 
-def test_a_resumed_run_says_how_its_learning_rate_goes_on(tmp_path):
+def test_a_resumed_run_prints_its_learning_rate_before_and_after(tmp_path):
     run_train(tmp_path, max_steps=8, cooldown_steps=4)
     done = run_train(tmp_path, max_steps=16, cooldown_steps=4)
     assert "resuming from step 8 of" in done.stdout and "learning rate was 0.0025, is 0.01\n" in done.stdout
@@ -191,7 +191,7 @@ def test_skipped_steps_are_logged_and_nine_do_not_end_a_run(tmp_path):
 
 
 def test_ten_consecutive_skipped_steps_end_the_run_with_one_line_and_its_last_checkpoint(tmp_path):
-    """Checkpoints would be due after steps 9, 12, 15 and 16."""
+    """Checkpoints would be due after steps 9, 12, 15 and 16, but none is saved during skipped steps."""
     done = run_train(tmp_path / "nan", fault="poison(8, 99)")
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith("error: 10 skipped steps in a row")
@@ -204,15 +204,15 @@ def test_ten_consecutive_skipped_steps_end_the_run_with_one_line_and_its_last_ch
 
 
 @pytest.mark.parametrize("stages, losses, bad_evals, best", [
-    ((3, 32), [5.0, 4.0, 4.1, 4.2, 9.0, 8.9, 8.8, 8.7, 8.6], [0, 0, 1, 2, 0, 0, 0, 0, 0], 8),  # each length for itself
+    ((3, 32), [5.0, 4.0, 4.1, 4.2, 9.0, 8.9, 8.8, 8.7, 8.6], [0, 0, 1, 2, 0, 0, 0, 0, 0], 8),  # one best per length
     ((3, 32), [6.0, 5.0, 5.5, 5.6, 6.0, 6.1, 6.0, 5.9, 9.9], [0, 0, 1, 2, 0, 1, 2, 0, 1], 7),  # plateaus that end
     ((3, 32), [5.0, 5.0, 5.1, 5.0, 1.0], [0, 1, 2, 3], 0),
     ((2, 16), [5.0, 4.0, 4.5, 4.5, 4.5, 1.0], [0, 0, 1, 2, 3], 1),  # stages of one length count as one
 ])  # fmt: skip
 def test_early_stopping_ends_a_run_of_made_up_losses(stages, losses, bad_evals, best, tmp_path):
-    """One evaluation a step, losses[s] after s steps, and patience for two without a new best."""
+    """Evaluate after every step s, which gives losses[s], and stop at the third evaluation without a new best."""
     keys = {"stages": ((0, 16, 2, 1.0), (*stages, 2, 1.0)), "max_steps": 8, "eval_interval": 1, "patience": 2}
-    for _ in range(2):  # started again, it has ended already
+    for _ in range(2):  # the second start finds a finished run
         done = run_train(tmp_path, f"make_up_losses({losses})", **keys)
         assert done.returncode == 0 and ("stopped early" in done.stdout) == (len(bad_evals) < 9)
         *evals, final = [record for record in read_log(tmp_path) if record["event"] != "train"]
