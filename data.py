@@ -1,4 +1,4 @@
-"""Windows from shards of articles, each ENDOFTEXT, title, blank line and text. A window may cross into the next article.
+"""Windows from shards of articles: ENDOFTEXT, title, blank line, text. A window may cross into the next article.
 
 Windows depend only on shards and arguments: a resumed run, and N processes together, draw those of one unbroken run.
 """

@@ -126,7 +126,7 @@ def test_a_fingerprint_depends_on_the_text_alone(tmp_path):
 
 
 @pytest.mark.parametrize("file, content, words", [  # None removes the file, a number cuts it
-    ("meta.json", None, "no dataset in .*/meta.json: No such file"),
+    ("meta.json", None, "prepare_wiki.py would make it: .*/meta.json: No such file"),
     ("meta.json", 100, "is damaged"),
     ("meta.json", b"[]", "is damaged"), ("meta.json", b"{}", "is damaged"),
     ("meta.json", b'{"tokenizer": {}, "splits": {}, "shards": [{}]}', "is damaged"),
