@@ -5,6 +5,7 @@
 
 import math
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -92,14 +93,11 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: i
     curriculum, last = Curriculum(config.stages, config.max_steps), config.stages[-1]
     model = GPTConfig(config.n_layer, config.n_head, config.n_embd)
 
-    def examples(stages: list[Stage]) -> int:
-        return sum(s.tokens // s.seq_len for s in stages)
-
     def row(name: str, stages: list[Stage], *shape: str, ppl: float | None = None) -> list[str]:
         trained, flops = sum(s.tokens for s in stages), sum(s.tokens * model.flops_per_token(s.seq_len) for s in stages)
         seconds = trained / speed if speed else flops / (0.15 * PEAK_FLOPS["NVIDIA GeForce RTX 4090"])
         return [name, f"{stages[0].start:,}-{stages[-1].end:,}", *(shape or [""] * 5),
-                f"{examples(stages):,}", f"{trained:,}", f"{trained / tokens:.3f}",
+                f"{sum(s.tokens // s.seq_len for s in stages):,}", f"{trained:,}", f"{trained / tokens:.3f}",
                 f"{flops:.2e}", f"{ppl:,.0f}" if ppl else "-", f"{seconds / 3600:,.3g}"]  # fmt: skip
 
     rows = [row(str(s.number), [s], f"{s.seq_len:,}", f"{s.batch_size}", f"{config.learning_rate * s.lr_scale:.2g}",
@@ -113,11 +111,11 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: i
     rows.append(row(f"all at {last[1]:,}", throughout))
     header = ["\nstage", "\nsteps", "\nlength", "\nbatch", "learning\nrate", "windows/\narticle", "steps/\nepoch",
               "\nexamples", "\ntokens", "\nepochs", "\nFLOPs", "expected\nppl", "\nhours"]  # fmt: skip
+    seen = sum(s.tokens // s.seq_len for s in curriculum.stages)
     at = f"{speed:,} tokens/s" if speed else "15 % of an RTX 4090's peak"
     print(f"{config.max_steps:,} steps of a GPT with {model.n_params / 1e6:,.1f}M parameters on {corpus}:\n"
           f"{articles:,} training articles, {tokens:,} tokens. Hours at {at}.\n\n{format_table(header, rows)}\n\n"
-          f"The curriculum sees {examples(curriculum.stages) / examples(throughout):.2f}x as many examples as windows "
-          f"of {last[1]:,} throughout.")  # fmt: skip
+          f"The curriculum sees {seen / (steps * last[2]):.2f}x as many examples as windows of {last[1]:,} throughout.")
     for row in config.stages[len(curriculum.stages) :]:
         print(f"Never reached with max_steps={config.max_steps}: {row}")
 
@@ -129,7 +127,7 @@ def main() -> None:
     if not all(text.isdecimal() and int(text) for text in speeds):
         raise UserError(f"--speed={speeds[-1]} is not a whole number of tokens/s")
     corpus, counts = "the plan's corpus", {"articles": 225_870, "tokens": 874_000_000}  # training articles only
-    if any(argument.startswith("--data_dir=") for argument in argv):
+    if any(argument.startswith("--data_dir=") for argument in argv) or (Path(config.data_dir) / "meta.json").exists():
         corpus = config.data_dir
         counts = open_dataset(corpus, Curriculum(config.stages, config.max_steps).max_len).meta["splits"]["train"]
     print_plan(config, corpus, counts["articles"], counts["tokens"], int(speeds[-1]) if speeds else None)

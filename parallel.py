@@ -30,15 +30,15 @@ class Team:
 
     def watch_signals(self) -> None:
         """Note stop signals from now on. A second one kills, except under torchrun, which sends them twice."""
-        alone = "RANK" not in os.environ
 
         def note(number: int, frame: object) -> None:
             self.seen = number
-            if alone:
+            if "RANK" not in os.environ:  # Ctrl-C also ends a compiler that the step waits for, which fails the step
+                sys.excepthook = lambda kind, *_: (print("interrupted:", kind.__name__), os._exit(128 + number))
                 signal.signal(number, signal.SIG_DFL)
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if not (alone and number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup's
+            if "RANK" in os.environ or number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, note)
 
     @property

@@ -73,7 +73,7 @@ def set_up(config: Config, curriculum: Curriculum, run: Run) -> tuple[GPT, list,
     scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {} if the saved run was not in float16
     step, old = state["step"], Config(**state["config"])
     rates = [learning_rate(c, curriculum.at(s), s) for c, s in ((old, max(0, step - 1)), (config, step))]
-    print(f"resuming from step {step:,} of {config.out_dir}; learning rate was {rates[0]:.2g}, is {rates[1]:.2g}")
+    print(f"resuming from step {step:,} of {config.out_dir} at learning rate {rates[1]:.2g}, after {rates[0]:.2g}")
     if old.dtype != run.config.dtype:
         print(f"continuing in {run.config.dtype}; --dtype={old.dtype} would continue exactly")
     return model, optimizers, scaler, Progress(**state["progress"])
@@ -138,7 +138,7 @@ def train(config: Config, team: Team) -> int:
             run.log("skip", **record)
             bar.write(f"step {progress.step:,} is skipped: loss {loss}, gradient norm {grad_norm}, rate {lr:.3g}")
             if skipped == MAX_SKIPPED:
-                raise UserError(f"{skipped} skipped steps in a row, at learning rate {lr:.3g}: last.pt predates them")
+                raise UserError(f"{skipped} skipped steps in a row, at step {progress.step:,} and rate {lr:.3g}")
         elif progress.step % config.log_interval == 0:
             tokens = curriculum.tokens_before(progress.step)
             rate = (tokens - logged_tokens) / (progress.seconds - logged_seconds)  # tokens/s
