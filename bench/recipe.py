@@ -189,7 +189,7 @@ def train_run(run: dict, args: Namespace) -> None:
     points = [{axis: spent(stages, record["step"], cost) for axis, cost in costs.items()}
               | {"step": record["step"], "seconds": record["time_s"], "loss": record["last_len_loss"]}
               for record in read_log(config.out_dir) if record["event"] == "eval"]  # fmt: skip
-    result = {"run": run, "program": "nanoGPT" if is_nanogpt else "ours" if muon else "ours, AdamW", "stages": stages,
+    result = {"run": run, "program": "nanoGPT" if is_nanogpt else "Muon" if muon else "AdamW", "stages": stages,
               "points": points, "losses": losses, "dtype": str(model.dtype), "device": str(model.device)}  # fmt: skip
     path = result_path(run, args)
     path.with_suffix(".tmp").write_text(json.dumps(result))

@@ -7,7 +7,7 @@ At each stage's length every program makes compiled optimizer steps of one batch
 Programs take turns of --burst steps, --rounds times: a machine that slows down slows all of them. With --apart, for
 less memory, a program takes all its turns before the next starts. nanoGPT's train.py runs unchanged, on a CPU in
 float32. There it also runs in bf16, with its autocast line changed. transformers' GPT-2 runs under bf16 autocast with
-sdpa and fused AdamW. "ours" is train.py's step with its default settings: with Muon, and with AdamW like the others.
+sdpa and fused AdamW. "Muon" and "AdamW" are the steps of this project's train.py with its default settings.
 
 MFU is a share of the rate of a large product timed between turns, or of a known GPU's datasheet. Memory is the peak of
 the whole process, on a GPU the peak that torch allocated. --to=FILE.json keeps the median tokens/s for bench/recipe.py.
@@ -83,7 +83,7 @@ def set_up(config: Config, max_len: int) -> tuple[GPT, list, torch.amp.GradScale
     return model, make_optimizers(model, config), scaler, open_dataset(config.data_dir, max_len)
 
 
-def run_ours(args: Namespace, after_step: Gate, optimizer: str) -> None:
+def run_train(args: Namespace, after_step: Gate, optimizer: str) -> None:
     keys = ("n_layer", "n_head", "n_embd", "device", "dtype", "data_dir")
     config = Config(**{key: getattr(args, key) for key in keys}, optimizer=optimizer)
     model, optimizers, scaler, data = set_up(config, args.length)
@@ -140,8 +140,8 @@ def run_nanogpt(args: Namespace, after_step: Gate, bf16: bool) -> None:
 
 
 PROGRAMS = {
-    "ours": partial(run_ours, optimizer="muon"),
-    "ours, AdamW": partial(run_ours, optimizer="adamw"),
+    "Muon": partial(run_train, optimizer="muon"),
+    "AdamW": partial(run_train, optimizer="adamw"),
     "nanoGPT": partial(run_nanogpt, bf16=False),
     "nanoGPT bf16": partial(run_nanogpt, bf16=True),
     "transformers": run_transformers,
@@ -229,10 +229,10 @@ def measure(names: list[str], shape: Shape, args: Namespace) -> tuple[list[list[
     model, rows = GPTConfig(*shape[:3]), []
     flops = model.flops_per_token(shape.length) * shape.tokens
     for name, (seconds, peaks, gib) in zip(names, results):
-        mfu = spread([flops / s / peak for s, peak in zip(seconds, peaks)], ".0%") if name.startswith("ours") else ""
+        mfu = spread([flops / s / peak for s, peak in zip(seconds, peaks)], ".0%") if name in ("Muon", "AdamW") else ""
         row = [f"{model.n_params / 1e6:.1f}M", f"{shape.length:,}", f"{shape.tokens:,}", name,
                spread([shape.tokens / s for s in seconds], ",.0f"), mfu, f"{gib:.2f}"]  # fmt: skip
-        row += [spread([s / own for own, s in zip(ours[0], seconds)], ".2f") for ours in results[:2]]
+        row += [spread([s / own for own, s in zip(mine, seconds)], ".2f") for mine, *_ in results[:2]]
         rows.append([*row, f"{results[0][2] / gib:.2f}"])
     return rows, [seconds for seconds, *_ in results]
 
@@ -259,7 +259,7 @@ def main() -> None:
     args.taken = on_machine(GPT(GPTConfig(1, 1, 2), 1), args.device, args.dtype).dtype
     sys.argv.append(f"--dtype={args.taken}".replace("torch.", ""))  # for every Player
     bf16, float32 = (product_rate(args.device, dtype) / 1e12 for dtype in (torch.bfloat16, torch.float32))
-    print(f"ours runs in {args.taken}; a large product reaches {bf16:.3g} TFLOP/s in bf16, {float32:.3g} in float32")
+    print(f"train.py takes {args.taken}; a large product reaches {bf16:.3g} TFLOP/s in bf16, {float32:.3g} in float32")
     # On a GPU, nanoGPT configures itself for bf16 already
     left_out = ("nanoGPT",) if not args.nanogpt else ("nanoGPT bf16",) if args.device != "cpu" else ()
     names = [name for name in PROGRAMS if not name.startswith(left_out)]
@@ -271,7 +271,7 @@ def main() -> None:
         for name, mine in zip(names, seconds):
             rates.setdefault(name, {})[length] = shape.tokens / statistics.median(mine)
         print(f"length {length:,} done", flush=True)
-    header = "parameters,length,tokens,program,tokens/s,MFU,GiB,ours is faster by,ours AdamW by,our memory".split(",")
+    header = "parameters,length,tokens,program,tokens/s,MFU,GiB,Muon is faster by,AdamW by,memory of Muon".split(",")
     print(format_table(header, table))
     if args.to:
         Path(args.to).write_text(json.dumps({"dtype": str(args.taken), "tokens_per_s": rates}, indent=1) + "\n")

@@ -127,7 +127,7 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
                                  for i in range(first, first + 256, n)]) for first in (0, 8 * 256)]  # fmt: skip
         assert nanogpt["losses"][str(n)] == pytest.approx(expected, abs=1e-4)
 
-    rates = {"ours": {"64": 512 / 3, "256": 512 / 4}, "nanoGPT": {"256": 1.0}, "nanoGPT bf16": {"256": 1024 / 5}}
+    rates = {"Muon": {"64": 512 / 3, "256": 512 / 4}, "nanoGPT": {"256": 1.0}, "nanoGPT bf16": {"256": 1024 / 5}}
     groups = recipe.grouped([recipe.read_result(path, rates) for path in reversed(paths)])
     recipe.draw(groups, tmp_path / "loss.png")
     text = recipe.tables(groups)
