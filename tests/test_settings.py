@@ -144,7 +144,7 @@ MISTAKES = {
     "--n_head=32": "n_head=32",  # rotary positions need an even head_dim, not 1
     "--micro_batch_tokens=32": "micro_batch_tokens=32 is less than a window of 64",
     "--stages=[(0,99999,1,1.0)] --micro_batch_tokens=99999": "no train shard",
-    "--data_dir=nowhere": "nowhere is not a dataset",
+    "--data_dir=nowhere": "no dataset in nowhere",
     "--out_dir=small.py/x": "out_dir",
     "curriculum.py small.py --speed=4090_at_15": "not a whole number of tokens/s",
     "curriculum.py small.py --plan_ppl=[(2,9),(2,8)]": "plan_ppl: ",
