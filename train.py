@@ -37,7 +37,7 @@ def train_step(
     loss = torch.zeros((), device=model.device)
     grad = scaler.scale(torch.full_like(loss, 1 / n_targets))
     parts = micro_batches(team.share(windows), seq_len, config.micro_batch_tokens)
-    add_gradients = gradient_function(model, len(parts))
+    add_gradients = gradient_function(model, len(parts))  # the forward and the backward pass
     for part in parts:
         loss += add_gradients(torch.from_numpy(part).to(model.device), grad) / n_targets
     loss = team.sum_gradients(model, loss)
@@ -98,7 +98,7 @@ def train(config: Config, team: Team) -> int:
     while True:
         step = progress.step
 
-        # Evaluate, unless these weights were evaluated before the resume, or a stop signal came
+        # Evaluate, unless a stop signal came or these weights were evaluated before the resume. best_len 0: no best.pt
         just_evaluated = is_best = False
         eval_due = step % config.eval_interval == 0 or step in curriculum.ends
         if eval_due and not team.stopping and (progress.evaluated != step or progress.best_len == 0):

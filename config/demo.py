@@ -1,4 +1,4 @@
-"""The whole curriculum in miniature: the same stages and window lengths, in three to ten minutes on two CPU cores.
+"""The whole curriculum in miniature: the same stages and window lengths, in five to fifteen minutes on two CPU cores.
 
 make demo, or: python train.py config/demo.py
 """
