@@ -116,9 +116,10 @@ def main() -> None:
     lengths = sorted({row[1] for row in config.stages})
     data = open_dataset(config.data_dir, lengths[-1])
     on_machine(model, config.device, config.dtype, config.compile)
+    print(f"{path} is the model after {state['step']:,} steps. On all held-out articles:\n")
     shared = data.token_bytes, config.micro_batch_tokens, Team()
     scores = {length: score_windows(model, data.val, length, data.val.spread(length), *shared) for length in lengths}
-    print(f"{path} is the model after {state['step']:,} steps. On all held-out articles:\n\n{report(scores)}")
+    print(report(scores))
 
 
 if __name__ == "__main__":
