@@ -34,7 +34,8 @@ class Team:
         def note(number: int, frame: object) -> None:
             self.seen = number
             if "RANK" not in os.environ:  # Ctrl-C also ends a compiler that the step waits for, which fails the step
-                sys.excepthook = lambda kind, *_: (print("interrupted:", kind.__name__), os._exit(128 + number))
+                sys.excepthook = lambda kind, *error: (
+                    os._exit(128 + number) if kind.__name__ == "InductorError" else sys.__excepthook__(kind, *error))
                 signal.signal(number, signal.SIG_DFL)
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

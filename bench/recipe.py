@@ -228,6 +228,7 @@ def mean_and_error(losses: np.ndarray, form: str) -> str:
 
 
 def grouped(results: list[dict]) -> dict[tuple[str, float], dict[int, dict]]:
+    """Return the results by (variant, learning rate), then by seed."""
     groups = {}
     for result in results:
         run = result["run"]
@@ -253,7 +254,6 @@ def draw(groups: dict[tuple[str, float], dict[int, dict]], to: str) -> None:
 
 def tables(groups: dict[tuple[str, float], dict[int, dict]]) -> str:
     """Return a table that compares all groups with the first, and one of what shorter windows cost with seed 0."""
-    results = [result for group in groups.values() for result in group.values()]
     first, whole, rows, cut_rows = next(iter(groups.values())), str(LAST_LEN), [], []
     for (variant, lr), group in groups.items():
         losses = {seed: np.array(result["losses"][whole]) for seed, result in group.items()}
@@ -272,7 +272,7 @@ def tables(groups: dict[tuple[str, float], dict[int, dict]]) -> str:
                 cut_rows.append([variant, f"{lr:g}", n, f"{np.mean(cut):.3f}", cost])
     header = ["variant", "lr", "seeds", "loss at 2,048", "over seeds", "difference", "over seeds"]
     header += [f"at equal {axis}" for axis in ("tokens", "FLOPs", "seconds")]
-    machines = "\n".join(sorted({f"{result['dtype']}, {result['device']}" for result in results}))
+    machines = "\n".join(sorted({f"{r['dtype']}, {r['device']}" for group in groups.values() for r in group.values()}))
     cuts = format_table(["variant", "lr", "cut to", "loss", "lost by the cut"], cut_rows)
     return f"{machines}\n\n{format_table(header, rows)}\n\n{cuts}"
 
