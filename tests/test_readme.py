@@ -135,7 +135,7 @@ def test_the_readme_s_files_installed_versions_and_options_exist():
     assert all((ROOT / name).exists() or (ROOT / "config" / name).exists() for name in programs)
     pins = set(re.findall(r"[\w-]+==[\d.]+", " ".join(commands(README + DOCS))))
     tested = "".join(path.read_text() for path in ROOT.glob("requirements*.txt")).split()
-    assert len(pins) >= 4 and pins <= set(tested)
+    assert len(pins) >= 5 and pins <= set(tested)
     sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py")])
     options = set(re.findall(r"`--(\w+)", README + DOCS)) - {"max_restarts"}  # torchrun's
     assert len(options) >= 8
