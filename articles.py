@@ -143,8 +143,13 @@ def parquet_pieces(path: Path) -> list[Piece]:
 def read_texts(paths: list[Path]) -> Iterator[tuple[str, Record]]:
     for path in paths:
         with naming(path):
+            content = path.read_bytes()
+        try:
             path.stem.encode()  # a file's name need not be UTF-8
-            yield str(path), as_record(path.stem, path.read_bytes().decode("utf-8-sig"))
+            record = as_record(path.stem, content.decode("utf-8-sig"))
+        except UnicodeError:
+            record = "not UTF-8"
+        yield str(path), record
 
 
 # --------------------------------------------------------------------------------------------------------------------

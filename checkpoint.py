@@ -144,6 +144,8 @@ class Run:
         if self.team.sum([step]) != [step * self.team.count]:
             raise UserError(f"the processes read different checkpoints: do they all see the same {self.out_dir}?")
         if state is None:
+            if "best.pt" in used and (best := load_checkpoint(self.out_dir / "best.pt")["step"]):
+                raise UserError(f"{self.out_dir} has a best.pt of step {best:,} and no last.pt: give another --out_dir")
             return None
         old, new = state["config"], dataclasses.asdict(self.config)
         changes = [f"{key} was {old.get(key)!r} and is {new[key]!r}"

@@ -1,6 +1,6 @@
 """Score held-out windows during a run. As a program, score a run's best.pt at every length and position.
 
-    python evaluate.py --out_dir=out/demo [--data_dir=data/other] [--device=cpu] [--dtype=float32]
+    python evaluate.py --out_dir=out/demo [--data_dir=data/other, else the run's] [--device=cpu] [--dtype=float32]
 """
 
 import itertools
@@ -102,9 +102,8 @@ def report(scores: dict[int, Score]) -> str:
     header = ["length", "windows", "loss", "error", "ppl", "accuracy", "bpb"]
     rows = [[f"{length:,}", f"{s.windows:,}", f"{s.loss:.4f}", f"{s.error:.4f}", f"{s.fields()['val_ppl']:,.2f}",
              f"{s.accuracy:.2%}", f"{s.bpb:.4f}"] for length, s in scores.items()]  # fmt: skip
-    longest = max(scores)
     by_position = [[f"{start + 1:,}-{end:,}", f"{loss:.4f}", f"{error:.4f}"] for (start, end), (loss, error)
-                   in zip(position_ranges(longest), scores[longest].by_position)]  # fmt: skip
+                   in zip(position_ranges(max(scores)), scores[max(scores)].by_position)]  # fmt: skip
     return f"{format_table(header, rows)}\n\n{format_table(['position', 'loss', 'error'], by_position)}"
 
 
@@ -123,5 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with user_errors("a smaller --micro_batch_tokens takes less"):
+    with user_errors("a smaller --micro_batch_tokens than the run's takes less"):
         main()

@@ -113,8 +113,7 @@ def train(config: Config, team: Team) -> int:
         finished = step == config.max_steps or progress.bad_evals > config.patience
         if is_best:
             run.save("best.pt", step=step, model=model.state_dict())
-        save_due = just_evaluated or step % config.checkpoint_interval == 0 or finished or team.stopping
-        if save_due and skipped == 0:
+        if skipped == 0 and (just_evaluated or step % config.checkpoint_interval == 0 or finished or team.stopping):
             run.save("last.pt", step=step, model=model.state_dict(), scaler=scaler.state_dict(),
                      optimizers=[optimizer.state_dict() for optimizer in optimizers],
                      progress=vars(progress) | ({"best_len": 0} if "best.pt" in run.refused else {}))  # fmt: skip

@@ -178,25 +178,26 @@ def test_prev_takes_the_place_of_a_last_checkpoint_that_is_damaged_or_missing(da
     assert_same_run(halfway, unbroken)
 
 
-def test_two_damaged_checkpoints_or_one_of_another_version_end_with_status_2(halfway):
+def test_two_damaged_checkpoints_one_of_another_version_or_none_end_with_status_2(halfway):
     for name in ("last.pt", "prev.pt"):
         (halfway / name).write_bytes(flipped((halfway / name).read_bytes()))
-    before = files(halfway)
-    done = run_train(halfway)
-    assert done.returncode == 2 and "prev.pt is damaged" in done.stderr.splitlines()[-1]
-    assert files(halfway) == before
+    before, done = files(halfway), run_train(halfway)
+    assert done.returncode == 2 and "prev.pt is damaged" in done.stderr.splitlines()[-1] and files(halfway) == before
     old = {"config": {}, "step": 12, "model": {}, "optimizers": [], "best": (16, 5.0, 0), "unwritten": ""}
     torch.save(old, halfway / "last.pt")  # the format before `progress` and `log_length`
     done = run_train(halfway)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and "last.pt is not a checkpoint of this version" in line
+    for name in ("last.pt", "prev.pt"):
+        (halfway / name).unlink()
+    before, done = files(halfway), run_train(halfway)
+    assert done.returncode == 2 and "best.pt of step 10 and no last.pt" in done.stderr and files(halfway) == before
 
 
 def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path):
     path, chance, weight = tmp_path / "best.pt", np.random.default_rng(0), torch.arange(300.0)
     save_checkpoint(path, {"config": {}, "step": 3, "model": {"weight": weight}})
-    data = path.read_bytes()
-    contents = []
+    data, contents = path.read_bytes(), []
     for place in [*chance.integers(len(data), size=300), *range(len(data) - 99, len(data))]:  # and all of the end
         contents.append(data[:place] + bytes([data[place] ^ 1 << chance.integers(8)]) + data[place + 1 :])
     for content in contents + [data[:place] for place in chance.integers(len(data), size=100)]:
