@@ -26,6 +26,6 @@ test-slow: .venv/installed-test
 test-all: test test-slow
 
 .venv/installed-%: requirements-%.txt requirements.txt requirements-demo.txt
-	test -d .venv || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@

@@ -65,9 +65,8 @@ def muon_flops(model: GPTConfig) -> int:
 def main() -> None:
     graph.USE_CUDA_GRAPH = False  # the profiler cannot tell which operation started a kernel of a graph
     config = load_config(sys.argv[1:])
-    curriculum = Curriculum(config.stages, config.max_steps)
-    stage = curriculum.stages[0]
-    model, optimizers, scaler, data = set_up(config, curriculum.max_len)
+    stage = Curriculum(config.stages, config.max_steps).stages[0]
+    model, optimizers, scaler, data = set_up(config, stage.seq_len)
     device, m, tokens = model.device.type, model.config, stage.tokens_per_step
 
     def step(number: int) -> float:

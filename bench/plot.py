@@ -203,9 +203,8 @@ def set_axes(panels: list, end: float, xlabel: str) -> None:
     for axis in (perplexity.yaxis, rate.yaxis, speed.yaxis, speed.xaxis):
         axis.set_major_formatter(tick)
     speed.set(xlim=(0, end), ylim=(0, None), xlabel=xlabel)
-    labels = ("loss (nats per token)", "val \u2212 train\n(nats)", "learning\nrate", "tokens/s")
-    for panel, label in zip(panels, labels):
-        panel.set_ylabel(label)
+    for panel, text in zip(panels, ("loss (nats per token)", "val \u2212 train\n(nats)", "learning\nrate", "tokens/s")):
+        panel.set_ylabel(text)
         panel.grid(color="#c4c4c4", lw=0.8)
 
 

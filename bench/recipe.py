@@ -3,10 +3,10 @@
     python bench/recipe.py [VARIANT ...] [--data_dir=data/corpus --tokens=4e6 --seeds=2 --lrs 2e-3 4e-3 --key=value ...]
 
 A variant is a set of configuration keys; --key=value applies to all variants. train.py makes every run in its own
-process and in out/recipe/NAME. A finished run leaves one file in --results and is not repeated. A stopped or killed
-run resumes. At the end come tables of the listed runs, and with --picture=FILE their curves; --dry does this at once.
+process and in out/recipe/NAME. A finished run leaves one file in --results, and the same command does not repeat it. A
+stopped or killed run resumes. At the end, or at once with --dry, come tables of the runs. --picture=FILE draws them.
 
-budget    --tokens for every variant, to the nearest step, in steps of --batch_tokens. A tenth of the steps is warmup
+budget    --tokens for every variant, to the nearest step, in steps of --batch_tokens. A tenth is warmup by default
 loss      of the final weights on 512 windows of 2,048, spread evenly over the held-out shards. With seed 0 also of
           the same targets in shorter windows, which shows what context is worth
 error     the standard error over windows, each about half an article; for a difference, over the windows' differences
@@ -63,6 +63,7 @@ VARIANTS = {
 # Early stopping would end a run before its budget. Each last_len_loss is of 16 windows of 2,048 (a guess).
 SHARED = {"learning_rate": 4e-3, "n_layer": 4, "n_head": 4, "n_embd": 256, "micro_batch_tokens": 8_192, "resume": True,
           "eval_tokens": 4 * 16 * LAST_LEN, "patience": 1_000_000}  # fmt: skip
+OWN = ("stages", "max_steps", "seed", "out_dir")  # keys that differ from run to run, so none of them is for all
 POINTS = 10  # evaluations of a run, besides the first and those that end a stage (a guess)
 WINDOWS, CUTS = 512, (64, 256, 1024)  # scored at the end
 
@@ -87,11 +88,11 @@ def stages_of(rows: list[tuple[float, int, float]], batch_tokens: int, budget: f
 def config_of(run: dict, args: Namespace) -> Config:
     keys = SHARED | VARIANTS[run["variant"]] | run["keys"]
     stages, max_steps = stages_of(keys.pop("rows"), run["batch_tokens"], run["tokens"])
-    warmup = round(0.1 * max_steps)
-    fall = round(keys.pop("fall", 1.0) * (max_steps - warmup))
+    warmup = keys.setdefault("warmup_steps", round(0.1 * max_steps))
+    keys.setdefault("cooldown_steps", round(keys.pop("fall", 1.0) * (max_steps - warmup)))
     interval = math.ceil(max_steps / POINTS)
-    keys |= {"stages": stages, "max_steps": max_steps, "warmup_steps": warmup, "cooldown_steps": fall}
-    keys |= {"seed": run["seed"], "data_dir": args.data_dir, "out_dir": f"out/recipe/{result_path(run, args).stem}"}
+    keys |= {"stages": stages, "max_steps": max_steps, "seed": run["seed"], "data_dir": args.data_dir}
+    keys |= {"out_dir": f"out/recipe/{result_path(run, args).stem}"}
     config = Config(**{"eval_interval": interval, "checkpoint_interval": interval} | keys)
     check_ranges(config)
     return config
@@ -211,6 +212,8 @@ def read_result(path: Path, rates: dict[str, dict[str, float]] | None) -> dict:
     if rates:
         stages = [Stage(*stage) for stage in result["stages"]]
         mine = [rates[name] for name in rates if name in (result["program"], result["program"] + " bf16")]
+        if not mine or any(str(s.seq_len) not in rate for s in stages for rate in mine):
+            raise UserError(f"the rates lack {result['program']} or one of its lengths")
         costs = [s.tokens_per_step / max(rate[str(s.seq_len)] for rate in mine) for s in stages]
         for point in result["points"]:
             point["seconds"] = spent(stages, point["step"], costs)
@@ -289,8 +292,8 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="train nothing")
     args, rest = parser.parse_known_args()
     pairs = [argument.removeprefix("--").split("=", 1) for argument in rest]
-    if unknown := set(args.variants) - set(VARIANTS) or [pair[0] for pair in pairs if len(pair) == 1]:
-        raise UserError(f"neither a variant nor --key=value: {', '.join(unknown)}")
+    if unknown := set(args.variants) - set(VARIANTS) or [pair[0] for pair in pairs if len(pair) == 1 or pair[0] in OWN]:
+        raise UserError(f"neither a variant nor --key=value for all variants: {', '.join(unknown)}")
     keys = {key: as_key_type(key, text, f"--{key}={text}") for key, text in pairs}
     runs = [{"variant": name, "seed": seed, "tokens": args.tokens, "batch_tokens": args.batch_tokens,
              "data": Path(args.data_dir).name, "keys": keys | {"learning_rate": lr}}

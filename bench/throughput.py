@@ -63,8 +63,7 @@ class Gate:
         if self.device != "cpu":
             torch.cuda.synchronize()
         print(time.perf_counter() - self.since, self.peak_gib(), file=self.reports, flush=True)
-        wanted = sys.stdin.readline()
-        if not wanted:
+        if not (wanted := sys.stdin.readline()):
             os._exit(0)
         self.left, self.since = int(wanted), time.perf_counter()
 
@@ -171,8 +170,7 @@ class Player:
 
     def read(self) -> float:
         """Return the seconds of the program's current turn, and note its peak memory so far, in GiB."""
-        line = self.process.stdout.readline()
-        if not line:
+        if not (line := self.process.stdout.readline()):
             raise UserError(f"{self.name} has ended")
         seconds, self.memory = map(float, line.split())
         return seconds
@@ -246,6 +244,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", help="of our matrix products")
     parser.add_argument("--data_dir", type=a_path, default="data/sample")
+    parser.add_argument("--skip", nargs="+", default=[], choices=[*PROGRAMS][2:], help="programs to leave out")
     parser.add_argument("--apart", action="store_true", help="one program after the other")
     parser.add_argument("--to", type=a_path, help="file for the median rates")
     parser.add_argument("--play", help=SUPPRESS)
@@ -262,7 +261,7 @@ def main() -> None:
     print(f"train.py takes {args.taken}; a large product reaches {bf16:.3g} TFLOP/s in bf16, {float32:.3g} in float32")
     # On a GPU, nanoGPT configures itself for bf16 already
     left_out = ("nanoGPT",) if not args.nanogpt else ("nanoGPT bf16",) if args.device != "cpu" else ()
-    names = [name for name in PROGRAMS if not name.startswith(left_out)]
+    names = [name for name in PROGRAMS if not name.startswith(left_out) and name not in args.skip]
     table, rates = [], {}
     for length in args.lengths:
         shape = Shape(args.n_layer, args.n_head, args.n_embd, length, max(1, args.tokens // length) * length)

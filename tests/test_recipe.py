@@ -82,8 +82,11 @@ def test_learning_rates_are_what_the_variants_say(variant, expected):
     run = run_of(variant, 40, 6_144, 1e-3)  # 6,144 is a multiple of all lengths
     config = recipe.config_of(run, Namespace(data_dir="x", results="x"))
     rate = recipe.nanogpt_rate if variant == "nanogpt" else train.learning_rate
-    curriculum = Curriculum(config.stages, config.max_steps)
-    assert [rate(config, curriculum.at(step), step) for step in STEP] == pytest.approx(1e-3 * expected)
+    stage_at = Curriculum(config.stages, config.max_steps).at
+    assert [rate(config, stage_at(step), step) for step in STEP] == pytest.approx(1e-3 * expected)
+    given = {"warmup_steps": 9, "cooldown_steps": 11, "eval_interval": 7}  # on the command line
+    config = recipe.config_of(run | {"keys": run["keys"] | given}, Namespace(data_dir="x", results="x"))
+    assert {key: getattr(config, key) for key in given} == given
 
 
 def test_every_variant_has_the_same_budget():
@@ -118,8 +121,7 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
         0, 512 * price(64) + 2 * muon, 512 * (price(64) + price(256)) + 4 * muon]  # fmt: skip
 
     model = recipe.GPT2(GPTConfig(1, 1, 32), 256)
-    path = tmp_path / "out/recipe" / paths[1].stem / "last.pt"
-    model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    model.load_state_dict(torch.load(tmp_path / "out/recipe" / paths[1].stem / "last.pt", weights_only=True)["model"])
     val = torch.from_numpy(np.fromfile(small_dir / "val_00000.bin", "<u2").astype(np.int64))
     for n in (256, 64):
         with torch.no_grad():  # the first and the ninth of 16 windows
@@ -131,11 +133,10 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
     groups = recipe.grouped([recipe.read_result(path, rates) for path in reversed(paths)])
     recipe.draw(groups, tmp_path / "loss.png")
     text = recipe.tables(groups)
-    ours, theirs = (result["losses"]["256"] for result in (grown, nanogpt))
-    difference, error = np.subtract(ours, theirs), np.std(np.subtract(ours, theirs), ddof=1) / math.sqrt(2)
+    delta = np.subtract(grown["losses"]["256"], nanogpt["losses"]["256"])
     at_tokens = grown["points"][2]["loss"] - nanogpt["points"][1]["loss"]
     # nanoGPT takes 5 seconds and grown 7: after 5, grown is half-way between its points at 3 and 7
     at_seconds = (grown["points"][1]["loss"] + grown["points"][2]["loss"]) / 2 - nanogpt["points"][1]["loss"]
-    cells = [f"{difference.mean():+.3f} ± {error:.3f}", f"{at_tokens:+.3f}", f"{at_seconds:+.3f}"]
+    cells = [f"{delta.mean():+.3f} ± {delta.std(ddof=1) / math.sqrt(2):.3f}", f"{at_tokens:+.3f}", f"{at_seconds:+.3f}"]
     row = next(line for line in text.splitlines() if line.split()[:3] == ["grown", "0.01", "1"])
     assert "torch.float32" in text and [cells[0] in row, *row.split()[-3::2]] == [True, *cells[1:]]
