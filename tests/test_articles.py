@@ -120,6 +120,7 @@ WRONG = {  # file name, content or a function of the folder that makes it, words
     "not Parquet": ("a.parquet", GOOD, "cannot read"),
     "Parquet of numbers": ("a.parquet", numbers, f"a.parquet, row 1 of group 0: {NOTHING}"),
     "no title": ("a.parquet", lambda at: numbers(at).replace(b"title", b"topic"), "'text', found id, topic, text"),
+    "Latin-1 JSON lines": ("a.jsonl", GOOD + GOOD.replace(b"A", b"\xe9"), "a.jsonl:2: not UTF-8"),
     "Latin-1 text": ("a.txt", "Café".encode("latin-1"), "1 of 1 records are unreadable (see --max_skipped)"),
     "title not UTF-8": (os.fsdecode(b"caf\xe9.txt"), b"text", "not UTF-8"),
     "an endless line": ("a.jsonl", lambda at: GOOD + bytes(1 << 28), "a line of 268,435,456 bytes or more"),

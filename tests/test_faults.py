@@ -188,8 +188,7 @@ def test_two_damaged_checkpoints_one_of_another_version_or_none_end_with_status_
     done = run_train(halfway)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and "last.pt is not a checkpoint of this version" in line
-    for name in ("last.pt", "prev.pt"):
-        (halfway / name).unlink()
+    _ = [(halfway / name).unlink() for name in ("last.pt", "prev.pt")]
     before, done = files(halfway), run_train(halfway)
     assert done.returncode == 2 and "best.pt of step 10 and no last.pt" in done.stderr and files(halfway) == before
 
