@@ -207,7 +207,7 @@ KINDS = {  # the function that cuts a file into pieces, by the file's name
     "*.txt": None,  # `pieces` puts many in one piece
     "*.xml": dump_pieces,
     "*.xml*.bz2": dump_pieces,
-    "summaries_*.json": summaries_pieces,
+    "summaries_en-us.json": summaries_pieces,
 }
 
 

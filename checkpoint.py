@@ -1,10 +1,10 @@
 """A run's files in out_dir: how it writes them, and how it resumes from them.
 
-    last.pt    everything needed to continue exactly     best.pt      the model with the best loss at its length
+    last.pt    with the log, all that continuing needs   best.pt      the model with the best loss at its length
     prev.pt    the previous last.pt                      log.jsonl    one record per logged step and evaluation
 
-A kill at any moment is harmless. The log reaches the disk before the checkpoint that stores its length. A checkpoint
-gets its name once it is all on the disk. Resuming truncates the log to the stored length.
+A kill at any moment is harmless: the log reaches the disk before the checkpoint that stores its length, a checkpoint
+gets its name only once all of it is on the disk, and resuming truncates the log to the stored length.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -85,7 +86,7 @@ def load_checkpoint(path: Path) -> dict:
                 raise Damaged(f"{path} is damaged: {damaged} in it does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle and torch each raise their own
-        if one_line(error) and getattr(error, "errno", 0) != errno.EINVAL:  # EINVAL: a seek to a damaged offset
+        if one_line(error) and getattr(error, "errno", 0) not in (errno.EINVAL, errno.EIO):  # a damaged offset, disk
             raise  # a missing file, a lack of memory, or the Damaged above
         raise Damaged(f"{path} is damaged: {error or type(error).__name__}") from error
     expected = {"config", "step", "model", *(("progress", "log_length") if path.name != "best.pt" else ())}
@@ -140,12 +141,13 @@ class Run:
             if self.is_writer:
                 print(f"{error}; resuming from prev.pt", file=sys.stderr)
             name, state = "prev.pt", load_checkpoint(self.out_dir / "prev.pt")
-        step = state["step"] if state else -1
-        if self.team.sum([step]) != [step * self.team.count]:
-            raise UserError(f"the processes read different checkpoints: do they all see the same {self.out_dir}?")
+        common = dataclasses.replace(self.config, data_dir="", out_dir="", device="")  # what processes must agree on
+        told = [step := state["step"] if state else -1, zlib.crc32(f"{self.fingerprint} {common}".encode())]
+        if self.team.sum(told) != [value * self.team.count for value in told]:
+            raise UserError(f"the processes differ in step, keys or shards: do they all see the same {self.out_dir}?")
         if state is None:
-            if "best.pt" in used and (best := load_checkpoint(self.out_dir / "best.pt")["step"]):
-                raise UserError(f"{self.out_dir} has a best.pt of step {best:,} and no last.pt: give another --out_dir")
+            if used == ["best.pt"] or ("log.jsonl" in used and any(r["step"] for r in read_log(self.out_dir))):
+                raise UserError(f"{self.out_dir} has {' and '.join(used)} but no last.pt: give another --out_dir")
             return None
         old, new = state["config"], dataclasses.asdict(self.config)
         changes = [f"{key} was {old.get(key)!r} and is {new[key]!r}"
@@ -178,7 +180,7 @@ class Run:
         if self.file is None:
             self.lock()
         if not self.length <= os.fstat(self.file).st_size <= (math.inf if self.config.resume else 0):
-            raise UserError(f"{self.out_dir}/log.jsonl is not as long as it should be: was it edited?")
+            raise UserError(f"{self.out_dir}/log.jsonl is not as long as last.pt requires: restore it")
         os.truncate(self.file, self.length)
         if self.source == "prev.pt":  # else the next save would replace the good checkpoint by the damaged one
             (self.out_dir / "prev.pt").replace(self.out_dir / "last.pt")
@@ -205,7 +207,7 @@ class Run:
             state |= {"config": dataclasses.asdict(self.config), "fingerprint": self.fingerprint}
             with self.attempt(name):
                 if "log.jsonl" in self.refused:
-                    raise OSError(errno.EIO, "the log before it was refused")
+                    raise OSError(errno.EIO, "the log could not be written")
                 save_checkpoint(self.out_dir / name, state | {"log_length": self.length})
 
     @contextmanager

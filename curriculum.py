@@ -1,4 +1,4 @@
-"""The curriculum: the stage table and what follows from it. As a program, print a run's plan at --speed tokens/s:
+"""The curriculum: the stage table and what follows from it. As a program, print what a run takes at --speed tokens/s:
 
     python curriculum.py config/curriculum9.py [--data_dir=data/wiki] [--speed=130000]
 """
@@ -112,7 +112,7 @@ def print_plan(config: Config, corpus: str, articles: int, tokens: int, speed: i
     header = ["\nstage", "\nsteps", "\nlength", "\nbatch", "learning\nrate", "windows/\narticle", "steps/\nepoch",
               "\nexamples", "\ntokens", "\nepochs", "\nFLOPs", "expected\nppl", "\nhours"]  # fmt: skip
     seen = sum(s.tokens // s.seq_len for s in curriculum.stages)
-    at = f"{speed:,} tokens/s" if speed else "15 % of an RTX 4090's peak"
+    at = f"{speed:,} tokens/s" if speed else "15% of an RTX 4090's peak"
     print(f"{config.max_steps:,} steps of a GPT with {model.n_params / 1e6:,.1f}M parameters on {corpus}:\n"
           f"{articles:,} training articles, {tokens:,} tokens. Hours at {at}.\n\n{format_table(header, rows)}\n\n"
           f"The curriculum sees {seen / (steps * last[2]):.2f}x as many examples as windows of {last[1]:,} throughout.")

@@ -78,7 +78,7 @@ def open_dataset(data_dir: str | Path, max_len: int = 0) -> Dataset:
     except OSError as error:
         raise UserError(f"no dataset in {data_dir}, where prepare_wiki.py would make it: {one_line(error)}") from error
     except (ValueError, EOFError, KeyError, TypeError) as error:
-        raise UserError(f"{data_dir} is damaged: {error}; make it again") from error
+        raise UserError(f"{data_dir} is damaged: {error}; remove it and make it again") from error
     splits = [Split(shards[name]) for name in SPLITS]
     for name, split in zip(SPLITS, splits):
         if max_len and not len(split.spread(max_len)):

@@ -78,10 +78,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        C, D = config.n_embd, config.head_dim
-        self.head_dim = D
+        C, self.head_dim = config.n_embd, config.head_dim
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
-        self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
+        self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attend from x (B, T, C) to x, or to past keys and values (B, H, T', D) with x's written over the last T."""
@@ -161,8 +160,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, max_seq_len: int):
         super().__init__()
         self.config, self.max_seq_len = config, max_seq_len
-        self.dtype = torch.float32  # of matrix products: every method autocasts to this dtype
-        self.stream = torch.float32  # of the residual stream
+        self.dtype = self.stream = torch.float32  # of matrix products, by autocast, and of the residual stream
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)

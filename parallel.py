@@ -100,6 +100,6 @@ def join_team(memory_advice: str = "this machine has too little") -> Iterator[Te
         line = one_line(error, memory_advice) or (isinstance(error, KeyboardInterrupt) and "interrupted")
         status = 2 if line else 1
         if not line and dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-            line = "another process of this run has ended"
+            line = "another process of this run has ended" + f", or {error!r}"[:300] * ("gloo" not in str(error))
         print(f"error: {line}" if line else traceback.format_exc(), file=sys.stderr)
     os._exit(status)  # Python's own exit could abort in a torch.distributed thread (pytorch pull request 179291)

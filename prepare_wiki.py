@@ -43,8 +43,8 @@ from data import ENDOFTEXT, SPLITS, VOCAB_SIZE, open_dataset
 from packages import SAMPLE, gpt2_encoding, sample_files, token_lengths
 from settings import UserError, user_errors
 
-# A row for each article: its piece, first token, number of tokens, UTF-8 bytes, and three hashes. They are of title
-# and text, of the title, and of title and seed. <|endoftext|> counts as a token but not as bytes.
+# A row for each article: its piece, first token, number of tokens, UTF-8 bytes, and three hashes: of title and
+# text, of the title, and of title and seed. <|endoftext|> counts as a token but not as bytes.
 ARTICLE = np.dtype([(name, np.uint64) for name in ("piece", "start", "tokens", "bytes", "digest", "title", "rank")])
 MAX_RUN = 500_000  # characters (a guess): tiktoken fails on gaps of a million, and takes 50 bytes a character in words
 NO_TEXT = "without text"  # wikiextractor drops lists: nothing is left of "List of anthropologists"
@@ -223,16 +223,16 @@ def verify(out: Path) -> None:
         with (out / shard["file"]).open("rb") as file:
             found = shard | {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "tokens": file.tell() / 2}
             if found != shard:
-                raise UserError(f"{out} is damaged: it has {found}, and meta.json says {shard}")
+                raise UserError(f"{out} is damaged; remove and remake it: it has {found}, not {shard}")
             file.seek(0)
             while len(tokens := np.fromfile(file, "<u2", 1 << 22)):
                 counts = np.bincount(tokens, minlength=VOCAB_SIZE)
                 sizes = {"articles": int(counts[ENDOFTEXT]), "tokens": len(tokens), "bytes": int(counts @ lengths)}
                 totals[shard["split"]].update(sizes)
     if totals != meta["splits"]:
-        raise UserError(f"{out} is damaged: its splits have {totals}, and meta.json says {meta['splits']}")
+        raise UserError(f"{out} is damaged; remove and remake it: its splits have {totals}, not {meta['splits']}")
     if not (out / "token_bytes.npy").read_bytes().endswith(lengths.tobytes()):
-        raise UserError(f"{out} is damaged: token_bytes.npy does not hold the lengths of GPT-2's tokens")
+        raise UserError(f"{out} is damaged; remove and remake it: token_bytes.npy is not GPT-2's")
     print(f"{out}: {len(meta['shards'])} shards match meta.json in checksums, articles, tokens and bytes")
 
 
@@ -270,7 +270,10 @@ def main() -> None:
         files = find_files(args.inputs)
         source = [{"file": path.name, "bytes": path.stat().st_size} for path in files] or SAMPLE
         if (out / "meta.json").exists():
-            meta = open_dataset(out).meta
+            try:
+                meta = open_dataset(out).meta
+            except UserError as error:
+                raise UserError(f"{error}; remove {out} first") from error
             if (meta.get("source"), meta.get("options")) != (source, options):
                 raise UserError(f"{out} holds a dataset of other inputs or options: remove it or give another --out")
             return print(f"{out} already holds this dataset: same options, and inputs of the same names and sizes")

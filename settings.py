@@ -1,7 +1,7 @@
 """Every setting with its default and its reason, and the parser of `CONFIG.py --key=value ...`.
 
 A config file is plain Python that assigns or imports some of the keys below. Arguments override the file. Modules,
-functions, classes and names that begin with an underscore are free. Any other name is an error.
+functions, classes and names with a leading underscore are ignored. Any other name is an error.
 """
 
 import ast
@@ -27,7 +27,7 @@ class Config:
     stages: tuple = ()  # rows (from step, seq_len, batch_size, lr_scale); batch_size counts windows per step
     max_steps: int = 100_000  # optimizer steps in all
     plan_ppl: tuple = ()  # (step, validation perplexity) pairs that the plan expects; () for no plan
-    phases: tuple = ()  # (name, step) pairs: `python curriculum.py` sums up all steps before that step
+    phases: tuple = ()  # (name, step) pairs: `python curriculum.py` totals all steps before that step
 
     # Optimization
     learning_rate: float = 6e-4  # times the stage's lr_scale
@@ -44,14 +44,14 @@ class Config:
     n_embd: int = 768
 
     # The machine: `on_machine` in model.py decides what 'auto' means
-    device: str = "auto"  # 'cpu', 'cuda', 'cuda:1', ...; 'auto' is a GPU if there is one, one each under torchrun
+    device: str = "auto"  # 'cpu', 'cuda', 'cuda:1', ...; 'auto' is a GPU if there is one, under torchrun one each
     dtype: str = "auto"  # for matrix products: 'bfloat16', 'float16' or 'float32'; 'auto' picks a fast one
     compile: bool = True  # torch.compile the training step; False starts at once and runs slower
 
     # Validation, checkpoints, log; intervals in steps
     eval_interval: int = 2_000  # also before the first step, after every stage and at the end
     eval_tokens: int = 1_048_576  # held-out tokens that an evaluation scores; 0 for all
-    patience: int = 10  # stop after more evaluations in a row than this without a new best at their length
+    patience: int = 10  # stop when more evaluations in a row than this set no new best at their length
     checkpoint_interval: int = 1_000
     log_interval: int = 10
 
@@ -159,7 +159,7 @@ def as_key_type(key: str, value: object, where: str, keys: Iterable[str] = KEYS)
             return "" + (os.path.expanduser(value) if key.endswith("_dir") else value)
         value = ast.literal_eval(value) if isinstance(value, str) else value
         if kind is tuple:
-            return tuple(tuple(row) if isinstance(row, list) else row for row in value)
+            return tuple(tuple(row) if isinstance(row, list | tuple) else row for row in value)
         if isinstance(value, bool) or kind(value) != value:
             raise ValueError
         return kind(value)
@@ -178,9 +178,9 @@ def check_ranges(config: Config) -> None:
             raise UserError(f"{key}={value!r} is none of {', '.join(ONE_OF[key])}")
     if config.n_embd % (2 * config.n_head):
         raise UserError(f"n_embd={config.n_embd} is not an even multiple of n_head={config.n_head}")
-    for key, kinds in (("plan_ppl", (int, int | float)), ("phases", (str, int))):
+    for key, kinds in (("plan_ppl", ([int, int], [int, float])), ("phases", ([str, int],))):
         for row in getattr(config, key):
-            if not (isinstance(row, tuple) and len(row) == 2 and all(map(isinstance, row, kinds)) and row[1] > 0):
+            if not (isinstance(row, tuple) and list(map(type, row)) in kinds and row[1] > 0):
                 raise UserError(f"{key}: {row!r} is not (step, perplexity) or (name, last step), positive")
     if any(row[0] >= later[0] for row, later in itertools.pairwise([(0,), *config.plan_ppl])):
         raise UserError("plan_ppl: its steps must ascend from above 0")

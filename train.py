@@ -25,7 +25,7 @@ from optim import make_optimizers
 from parallel import Team, join_team
 from settings import Config, UserError, load_config
 
-MAX_SKIPPED = 10  # the run ends after this many skipped steps in a row (a guess); float16's scale halves at each
+MAX_SKIPPED = 10  # the run ends after this many skipped steps in a row (a guess); each halves float16's scale
 
 
 def train_step(
@@ -98,7 +98,7 @@ def train(config: Config, team: Team) -> int:
     while True:
         step = progress.step
 
-        # Evaluate, unless a stop signal came or these weights were evaluated before the resume. best_len 0: no best.pt
+        # Evaluate, unless a stop signal came or these weights were evaluated before. best_len 0 means no best.pt
         just_evaluated = is_best = False
         eval_due = step % config.eval_interval == 0 or step in curriculum.ends
         if eval_due and not team.stopping and (progress.evaluated != step or progress.best_len == 0):
@@ -109,11 +109,11 @@ def train(config: Config, team: Team) -> int:
             bar.write(summary(record, config))
             just_evaluated = True
 
-        # Save. If the disk refused best.pt, no evaluation counts as the best yet: a resumed run writes best.pt anew
+        # Save. If the disk refused best.pt, forget that there was a best, so that a resumed run writes one
         finished = step == config.max_steps or progress.bad_evals > config.patience
         if is_best:
             run.save("best.pt", step=step, model=model.state_dict())
-        if skipped == 0 and (just_evaluated or step % config.checkpoint_interval == 0 or finished or team.stopping):
+        if finished or (skipped == 0 and (just_evaluated or step % config.checkpoint_interval == 0 or team.stopping)):
             run.save("last.pt", step=step, model=model.state_dict(), scaler=scaler.state_dict(),
                      optimizers=[optimizer.state_dict() for optimizer in optimizers],
                      progress=vars(progress) | ({"best_len": 0} if "best.pt" in run.refused else {}))  # fmt: skip

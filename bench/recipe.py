@@ -2,17 +2,17 @@
 
     python bench/recipe.py [VARIANT ...] [--data_dir=data/corpus --tokens=4e6 --seeds=2 --lrs 2e-3 4e-3 --key=value ...]
 
-A variant is a set of configuration keys; --key=value applies to all variants. train.py makes every run in its own
-process and in out/recipe/NAME. A finished run leaves one file in --results, and the same command does not repeat it. A
-stopped or killed run resumes. At the end, or at once with --dry, come tables of the runs. --picture=FILE draws them.
+A variant is a set of configuration keys; --key=value applies to all variants. train.py trains each run in a process of
+its own, in out/recipe/NAME. A finished run leaves one file in --results, and the same command does not repeat it. A
+stopped or killed run resumes. Tables of the runs come at the end, or at once with --dry. --picture=FILE draws losses.
 
 budget    --tokens for every variant, to the nearest step, in steps of --batch_tokens. A tenth is warmup by default
-loss      of the final weights on 512 windows of 2,048, spread evenly over the held-out shards. With seed 0 also of
-          the same targets in shorter windows, which shows what context is worth
+loss      of the final weights on 512 windows of 2,048, spread evenly over the held-out shards. With seed 0 also on
+          the same targets in shorter windows, to show what context is worth
 error     the standard error over windows, each about half an article; for a difference, over the windows' differences
-at equal  the difference from the first variant where the cheapest run ends, by the logs' last_len_loss. That
-          is at 2,048 for all, by a last row that no run reaches. Seconds are training time, or with --rates=FILE tokens
-          over the rates of bench/throughput.py --to=FILE. FLOPs include Muon's; nanoGPT counts as model.py's GPT
+at equal  the logs' last_len_loss minus the first variant's, where the cheapest run ends. A last row that no run
+          reaches makes it 2,048 for all. Seconds are training time, or with --rates=FILE tokens over the rates that
+          bench/throughput.py --to=FILE saved. FLOPs include Muon's; nanoGPT's are counted as those of model.py's GPT
 """
 
 import hashlib

@@ -43,7 +43,7 @@ phases = (("foundation", 12_000), ("comprehension", 35_000), ("mastery", 100_000
 
 # The plan's validation perplexity at each stage's length. Its bounds, under 500 at 12,000 steps and under 50 at 35,000,
 # are not in this list: interpolation is below both. The plan calls perplexity under 50 good, under 30 great and
-# under 20 excellent, and accuracy over 10 % good and over 20 % great.
+# under 20 excellent, and accuracy over 10% good and over 20% great.
 plan_ppl = (
     (2_000, 5_000),
     (5_000, 1_000),

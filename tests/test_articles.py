@@ -42,11 +42,10 @@ def test_every_kind_gives_the_same_shards(tmp_path):
         text(tmp_path / "cr.jsonl", lines.replace(b"\\n", b"\\r")),
         text(tmp_path / "in.jsonl.gz", gzip.compress(mark + lines)),
         text(tmp_path / "in.jsonl.bz2", bz2.compress(lines[:9999]) + bz2.compress(lines[9999:])),
-        text(tmp_path / "wiki_00", lines),
-        tmp_path / "texts" / "*.txt",
+        text(tmp_path / "wiki_00", lines), tmp_path / "texts" / "*.txt",
         write_parquet(tmp_path / "groups.parquet", given, row_group_size=7),
         write_parquet(tmp_path / "large.parquet", given, "large_string", compression="zstd"),
-    ]
+    ]  # fmt: skip
     prepare(tmp_path / "plain", plain)
     holds(tmp_path / "plain", given)
     for number, source in enumerate(sources):
@@ -61,7 +60,7 @@ def test_directories_and_globs(tmp_path):
     (tmp_path / "articles" / "AA").mkdir(parents=True)
     for first, name in enumerate(names):
         write_jsonl(tmp_path / name, given[first::4])
-    text(tmp_path / "articles" / "README.md", b"Not an article.")
+    _ = [text(tmp_path / "articles" / name, b"Not an article.") for name in ("README.md", "summaries_2024.json")]
     (tmp_path / "articles" / "AA").rename(tmp_path / "elsewhere")
     (tmp_path / "articles" / "AA").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "articles")  # a cycle
@@ -76,10 +75,9 @@ def test_dump(tmp_path):
     pages = [page(f"Page {i}", f"'''Page {i}''' is [[a link|linked]]{{{{gone|x}}}} &amp; plain.") for i in range(100)]
     pages += [
         page("A&amp;B &quot;C&quot;", "At &amp;lt; 5&amp;nbsp;&amp;pound;&lt;ref&gt;x&lt;/ref&gt; &amp; up"),
-        page("Talk:Page 10", "Not an article.", namespace=1),
+        page("Talk:Page 10", "Not an article.", namespace=1), page("Only a list", "* one\n* two"),
         page("Old name", "#REDIRECT [[Page 10]]", redirect='<redirect title="Page 10" />\n'),
-        page("Only a list", "* one\n* two"),
-    ]
+    ]  # fmt: skip
     packed = write_dump(tmp_path / "small.xml.bz2", pages)
     plain = text(tmp_path / "plain.xml", bz2.decompress(packed.read_bytes()))
     # A user may also run wikiextractor and pass its output
@@ -126,17 +124,16 @@ WRONG = {  # file name, content or a function of the folder that makes it, words
     "an endless line": ("a.jsonl", lambda at: GOOD + bytes(1 << 28), "a line of 268,435,456 bytes or more"),
     "dump cut off": ("a.xml.bz2", lambda at: cut(dump(at, 2000)), "cut off"),
     "empty dump": ("a.xml.bz2", lambda at: dump(at, 0), "no article in it"),
-    "nothing": ("a.jsonl", b"", "no article in it"),
+    "nothing": ("a.jsonl", b"", "no article in it"), "unknown kind": ("a.csv", GOOD, "of no known kind"),
     "nothing readable": ("a.jsonl", b"\n\noops\n", "a.jsonl:3: not JSON"),
     "more than a thousandth unreadable": ("a.jsonl", LINES + b"oops\n", "1 of 507 records"),
-    "unknown kind": ("a.csv", GOOD, "of no known kind"),
     "no such file": ("a.jsonl", GOOD, "b.jsonl: there is no file", "b.jsonl"),
     "only empty articles": ("a.jsonl", b'{"title": "A", "text": " "}\n', "no article falls into train"),
     "nothing for val": ("a.jsonl", GOOD, "no article falls into val", "--val_fraction", 0.00001),
     "bad fraction": ("a.jsonl", GOOD, "--val_fraction", "--val_fraction", 1),
     "two inputs": ("a.jsonl", GOOD, "give either INPUT files", "--sample"),
     "output in a file": ("a.jsonl", GOOD, "cannot make", "--out", "a.jsonl/out"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -149,16 +146,11 @@ def test_a_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, case):
 
 
 UNREADABLE = {  # a line, and why it is skipped
-    b"{'title': 1}": "not JSON",
-    b'{"title": "B", "text": "c': "not JSON",
-    b"[" * 100_000: "not JSON",
-    b'["title", "text"]': NOTHING,
-    b'{"title": "B"}': NOTHING,
-    b'{"title": " ", "text": "c"}': NOTHING,
-    b'{"title": "B", "text": ["c"]}': NOTHING,
-    b'{"title": "B", "text": "\xff"}': "not UTF-8",
-    b'{"title": "B", "text": "\\ud800"}': "not UTF-8",
-}
+    b"{'title': 1}": "not JSON", b'{"title": "B", "text": "c': "not JSON", b"[" * 100_000: "not JSON",
+    b'["title", "text"]': NOTHING, b'{"title": "B"}': NOTHING,
+    b'{"title": " ", "text": "c"}': NOTHING, b'{"title": "B", "text": ["c"]}': NOTHING,
+    b'{"title": "B", "text": "\xff"}': "not UTF-8", b'{"title": "B", "text": "\\ud800"}': "not UTF-8",
+}  # fmt: skip
 
 
 def test_unreadable_records_are_skipped_and_counted(tmp_path):

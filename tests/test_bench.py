@@ -80,8 +80,7 @@ def plant_run(out_dir, loss=1.0, weight=1.0, moment=1.0, bad_evals=0, missing=No
     ({"weight": 1.0 + 2**-23}, ["last.pt/model/weight", "best.pt/model/weight"]),
     ({"moment": 0.5}, ["last.pt/optimizers/0/state/0/momentum", "best.pt/optimizers/0/state/0/momentum"]),
     ({"bad_evals": 1}, ["last.pt/progress/bad_evals", "best.pt/progress/bad_evals"]),
-    ({"loss": 1.5}, ["log line 8"]),
-    ({"missing": 18}, ["log line 19", "log line 20"]),
+    ({"loss": 1.5}, ["log line 8"]), ({"missing": 18}, ["log line 19", "log line 20"]),
 ])  # fmt: skip
 def test_a_planted_difference_is_found(changes, found, tmp_path):
     assert exactness.differences(plant_run(tmp_path / "one"), plant_run(tmp_path / "two", **changes)) == found

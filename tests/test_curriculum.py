@@ -50,7 +50,7 @@ def test_printed_rows_are_those_of_the_plan():
 def test_printed_totals_are_those_of_the_plan():
     plan = print_plan()
     assert "100000 steps of a GPT with 123.6M parameters" in plan and "Never" not in plan
-    assert "225870 training articles 874000000 tokens. Hours at 15 % of an RTX 4090's peak." in plan
+    assert "225870 training articles 874000000 tokens. Hours at 15% of an RTX 4090's peak." in plan
     (total,) = rows_of(plan, "in all")
     assert total[2:6] == ["0-100000", "2010000", "1626624000", "1.861"]
     assert float(total[6]) == pytest.approx(1.5e18, rel=0.01) and float(total[8]) == pytest.approx(17, abs=0.5)

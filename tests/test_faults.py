@@ -188,12 +188,13 @@ def test_two_damaged_checkpoints_one_of_another_version_or_none_end_with_status_
     done = run_train(halfway)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and "last.pt is not a checkpoint of this version" in line
-    _ = [(halfway / name).unlink() for name in ("last.pt", "prev.pt")]
-    before, done = files(halfway), run_train(halfway)
-    assert done.returncode == 2 and "best.pt of step 10 and no last.pt" in done.stderr and files(halfway) == before
+    for names, left in ((("last.pt", "prev.pt"), "best.pt and log.jsonl"), (("best.pt",), "log.jsonl")):
+        _ = [(halfway / name).unlink() for name in names]
+        before, done = files(halfway), run_train(halfway)
+        assert done.returncode == 2 and f"has {left} but no last.pt" in done.stderr and files(halfway) == before
 
 
-def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path):
+def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path, monkeypatch):
     path, chance, weight = tmp_path / "best.pt", np.random.default_rng(0), torch.arange(300.0)
     save_checkpoint(path, {"config": {}, "step": 3, "model": {"weight": weight}})
     data, contents = path.read_bytes(), []
@@ -207,6 +208,10 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path):
             assert str(path) in str(error)
         else:  # the bit was in the archive's padding, names or dates, which carry no data
             assert loaded["step"] == 3 and torch.equal(loaded["model"]["weight"], weight) and len(content) == len(data)
+    path.write_bytes(data)
+    monkeypatch.setattr("zipfile.ZipFile.testzip", lambda _: os.read(os.open("/proc/self/mem", os.O_RDONLY), 9))
+    with pytest.raises(UserError, match="best.pt is damaged: .*Input/output error"):  # a sector of the disk
+        load_checkpoint(path)
 
 
 class Attack:

@@ -283,6 +283,8 @@ def test_a_dataset_is_reused_or_refused_but_never_lost(tmp_path):
         file.write('{"title": "A", "text": "b"}\n')
     fails(run(source, "--out", out), "other inputs or options")
     assert contents(out) == before
+    (out / "val_00000.bin").unlink()
+    fails(run(source, "--out", out), f"remove {out} first")
 
 
 def test_neither_kills_nor_workers_change_a_byte(tmp_path):

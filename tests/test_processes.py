@@ -64,23 +64,29 @@ def test_a_stop_signal_to_one_process_stops_all_and_another_number_may_resume(tm
     assert_same_losses(out_dir, whole)
 
 
-@pytest.mark.parametrize("fault", ["signal_in_step(6, SIGKILL)", "signal_in_step(6, 'a bug')"])
+NCCL = "import torch.distributed as d; error = d.DistBackendError('NCCL\\nfailed');"
+NCCL += "before(curriculum, 'learning_rate', lambda *a: a[2] == 6 and (_ for _ in ()).throw(error))"
+
+
+@pytest.mark.parametrize("fault", ["signal_in_step(6, SIGKILL)", "signal_in_step(6, 'a bug')", NCCL])
 def test_a_process_that_dies_ends_the_other_with_one_line(fault, tmp_path):
     first, second = run_ranks(2, f"--out_dir={tmp_path}", fault=fault)
     assert first.returncode == 1 and first.stderr == "error: another process of this run has ended\n"
     assert second.returncode and ("Traceback" in second.stderr) == ("bug" in fault)
+    assert second.stderr.endswith(r"has ended, or DistBackendError('NCCL\nfailed')" + "\n") == (fault == NCCL)
     first, second = run_ranks(2, f"--out_dir={tmp_path}")
     assert first.returncode == second.returncode == 0 and "resuming from step 5" in first.stdout
 
 
 def test_a_mistake_of_one_process_is_printed_by_it(tmp_path):
-    """First rank 1 alone has an invalid key. Then it reads another checkpoint than rank 0, and both print that."""
+    """First rank 1 alone has an invalid key. Then it reads another checkpoint or key, and both print that."""
     first, second = run_ranks(2, f"--out_dir={tmp_path / 'run'}", rank_1=("--n_head=5",))
     assert (first.returncode, second.returncode) == (1, 2) and first.stderr.count("\n") == 1
     assert second.stderr.startswith("error: ") and second.stderr.count("n_head") == second.stderr.count("\n") == 1
     assert run_train(tmp_path / "run", **KEYS | {"max_steps": 5}).returncode == 0
-    for done in run_ranks(2, f"--out_dir={tmp_path / 'run'}", rank_1=(f"--out_dir={tmp_path / 'other'}",)):
-        assert done.returncode == 2 and "do they all see the same" in done.stderr
+    for own in (f"--out_dir={tmp_path / 'other'}", "--seed=7"):
+        for done in run_ranks(2, f"--out_dir={tmp_path / 'run'}", rank_1=(own,)):
+            assert done.returncode == 2 and "do they all see the same" in done.stderr
 
 
 def test_restarts_that_may_hang_are_refused_and_help_is_no_error():

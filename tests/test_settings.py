@@ -84,22 +84,21 @@ def test_imported_keys_count_and_other_names_that_a_file_imports_or_defines_do_n
     write("half = 2\n", "helper_beside_the_config.py")
     path = write(
         "\ufefffrom __future__ import annotations\n"  # with a byte order mark
-        "import json, math, os.path\n"
+        "import json, math, os.path\nfrom math import log\nfrom pathlib import Path\nfrom typing import NamedTuple\n"
         "import math as seed\n"  # a module, even under the name of a key
-        "from math import log\n"
-        "from pathlib import Path\n"
         "from config.curriculum9 import stages as _nine\n"
         "from helper_beside_the_config import half as _half\n"
-        "class Table: pass\n"
-        "def shorter(rows):\n"
-        "    return [[step // _half, *row] for step, *row in rows]\n"
-        "double = lambda x: 2 * x\n"
-        "stages = shorter(_nine)\n"
-        "n_head: int = double(3)\n"
+        "class Row(NamedTuple):\n    step: int\n    seq_len: int\n    batch_size: int\n    lr_scale: float\n"
+        "shorter = lambda rows: [Row(step // _half, *row) for step, *row in rows]\n"
+        "def double(x):\n    return 2 * x\n"
+        "stages, n_head = shorter(_nine), double(3)\n"
         "out_dir = os.path.join('out', Path(__file__).stem)\n"
     )
     expected = tuple((row[0] // 2, *row[1:]) for row in curriculum9.stages)
     assert load_config([path]) == Config(stages=expected, n_head=6, out_dir="out/mine")
+    assert {type(row) for row in load_config([path]).stages} == {tuple}  # a checkpoint loads no class of a config
+    said = refusal(write("import numpy\nplan_ppl = ((1, numpy.float64(9)),)\n"))  # nor a number of numpy's
+    assert said.startswith("plan_ppl: (1, np.float64(9.0)) is not (step, perplexity)")
     demo = load_config([f"{ROOT}/config/demo.py"])
     assert load_config([write("from config.demo import *\nseed = 3\n")]) == dataclasses.replace(demo, seed=3)
 
@@ -137,22 +136,18 @@ def test_no_bug_is_taken_for_a_users_error(kind):
 
 # What a user types after `train.py small.py`, or with another program, and a part of the line that is printed
 MISTAKES = {
-    "--seed": "--seed=: not a whole number",
+    "--seed": "--seed=: not a whole number", "--weight_decay=-1": "weight_decay=-1",
     "seed=3": "one config file and --key=value arguments, not small.py seed=3",
-    "--weight_decay=-1": "weight_decay=-1",
     "--optimizer=sgd": "optimizer='sgd' is none of adamw, muon",
     "--n_head=32": "n_head=32",  # rotary positions need an even head_dim, not 1
     "--micro_batch_tokens=32": "micro_batch_tokens=32 is less than a window of 64",
     "--stages=[(0,99999,1,1.0)] --micro_batch_tokens=99999": "no train shard",
-    "--data_dir=nowhere": "no dataset in nowhere",
-    "--out_dir=small.py/x": "out_dir",
+    "--data_dir=nowhere": "no dataset in nowhere", "--out_dir=small.py/x": "out_dir",
     "curriculum.py small.py --speed=4090_at_15": "not a whole number of tokens/s",
     "curriculum.py small.py --plan_ppl=[(2,9),(2,8)]": "plan_ppl: ",
-    "curriculum.py small.py --phases=('a',10)": "phases: ",
-    "evaluate.py": "cannot use out/run/best.pt: No such file",
-    "evaluate.py --out_dir=foreign": "foreign/best.pt is damaged",
-    "evaluate.py --out_dir=used --dtype=bf16": "bf16",
-}
+    "curriculum.py small.py --phases=('a',10)": "phases: ", "evaluate.py": "cannot use out/run/best.pt: No such file",
+    "evaluate.py --out_dir=foreign": "foreign/best.pt is damaged", "evaluate.py --out_dir=used --dtype=bf16": "bf16",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

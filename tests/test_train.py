@@ -184,10 +184,11 @@ def test_a_float16_run_finds_its_scale_and_resumes_with_it(tmp_path):
 
 
 def test_skipped_steps_are_logged_and_nine_do_not_end_a_run(tmp_path):
-    done = run_train(tmp_path, fault="poison(4, 4); poison(14, 22)")
+    done = run_train(tmp_path, fault="poison(4, 4); poison(14, 22); poison(30, 30)")
     records = [(r["step"], r["event"]) for r in read_log(tmp_path) if r["event"] in ("train", "skip")]
-    assert records == [(n, "skip" if n in (4, *range(14, 23)) else "train") for n in range(1, 31)]
-    assert done.returncode == 0 and done.stdout.count("is skipped: loss nan") == 10
+    assert records == [(n, "skip" if n in (4, *range(14, 23), 30) else "train") for n in range(1, 31)]
+    assert done.returncode == 0 and done.stdout.count("is skipped: loss nan") == 11
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 30  # the weights that `final` scored
 
 
 def test_ten_consecutive_skipped_steps_end_the_run_with_one_line_and_its_last_checkpoint(tmp_path):
