@@ -7,7 +7,7 @@ Each operation's own time, on a GPU that of the kernels it started, goes to one 
 
     products           of the blocks' matrices, forward and backward
     head's products    in model.CrossEntropy; `loss` is the rest of model.CrossEntropy
-    attention          torch's kernels, forward and backward
+    attention          torch's kernels, forward and backward; its FLOPs count all pairs of tokens, twice the causal ones
     muon, adamw        the optimizers, with Muon's products
     the rest           norms, rotary, SwiGLU, residuals, the embedding, clipping
     no operation       the remaining time of the step, with the profiler's own

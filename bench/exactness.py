@@ -34,9 +34,6 @@ from parallel import Team, join_team  # noqa: E402
 from settings import Config, user_errors  # noqa: E402
 from train import train_step  # noqa: E402
 
-# --------------------------------------------------------------------------------------------------------------------
-# Kills
-
 STAGES = ((0, 16, 8, 1.0), (20, 32, 5, 0.5), (40, 64, 3, 0.25), (60, 128, 2, 0.25))
 STEPS, EVAL_INTERVAL = 80, 8
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "device": "cpu", "micro_batch_tokens": 2_048, "log_interval": 1}
@@ -44,6 +41,13 @@ KILLED = SMALL | {"stages": STAGES, "max_steps": STEPS, "eval_interval": EVAL_IN
                   "eval_tokens": 1_024, "learning_rate": 1e-3, "warmup_steps": 5, "resume": True}  # fmt: skip
 TIMES = ("time_s", "tokens_per_s", "mfu", "seconds", "log_length")  # the log's length depends on its times' digits
 DUE = {*range(0, STEPS + 1, EVAL_INTERVAL), *(row[0] for row in STAGES)}  # steps after which a run evaluates
+
+
+def run(*command: object) -> None:
+    """Run a command to its end. If it fails, end this program with what it said."""
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
 
 
 def log_of(out_dir: Path) -> list[dict]:
@@ -104,7 +108,7 @@ def kills(count: int, data_dir: str) -> bool:
                 unbroken, killed = Path(folder) / "unbroken", Path(folder) / "killed"
                 keys = KILLED | {"data_dir": data_dir, "optimizer": optimizer, "compile": compiled, "dtype": "float32"}
                 command = [sys.executable, "train.py", "config/demo.py", *(f"--{k}={v}" for k, v in keys.items())]
-                subprocess.run([*command, f"--out_dir={unbroken}"], cwd=ROOT, check=True, capture_output=True)
+                run(*command, f"--out_dir={unbroken}")
                 command.append(f"--out_dir={killed}")
                 fell = Counter()
                 for i in range(count):
@@ -112,16 +116,13 @@ def kills(count: int, data_dir: str) -> bool:
                     if not stop_once(command, killed, number, chance):
                         break
                     fell[moment(killed) if number == signal.SIGKILL else "by SIGTERM"] += 1
-                subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+                run(*command)
                 found = differences(killed, unbroken)
             total += len(found)
             places = ", ".join(f"{n} {place}" for place, n in fell.items())
             print(f"{optimizer}, {compiled=}: killed {places}; differs: {', '.join(found[:4]) or None}", flush=True)
     return total == 0
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Processes
 
 SHAPES = [row[1:3] for row in curriculum9.stages[:-1]] + [(2048, 2)]  # the table's last two rows have one shape
 SPLIT = SMALL | {"dtype": "float32", "compile": False}
@@ -141,10 +142,7 @@ def gradients(data_dir: str, team: Team) -> list[dict[str, torch.Tensor]]:
 
 
 def torchrun(count: int, *arguments: object) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    done = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
+    run(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *arguments)
 
 
 def processes(data_dir: str) -> None:

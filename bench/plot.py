@@ -8,7 +8,7 @@ small panels   validation minus training loss, learning rate, tokens/s
 
 One run's picture is out/a/loss.png. Several runs share ./loss.png, with the stages and plan of the first. Two tables
 compare them: the configuration keys that differ in their checkpoints, and the loss at the last length after the same
-tokens, FLOPs and training time. Training time includes compiling, but not evaluations and checkpoints.
+tokens, FLOPs (without Muon's) and training time, with compiling, but without evaluations and checkpoints.
 """
 
 import math
@@ -64,11 +64,9 @@ def read_run(out_dir: Path) -> Run:
 
 
 def x_at(run: Run, steps: np.ndarray, x: str) -> np.ndarray:
-    """Return where `steps` finished steps are on the axis x: "step", "tokens", "flops" or one of SECONDS.
-
-    Interpolate linearly from (0, 0) through the records, and continue after the last training record at its rate. A
-    record's seq_len gives the FLOPs of all tokens since the record before.
-    """
+    """Return where `steps` finished steps are on the axis x: "step", "tokens", "flops" or one of SECONDS. Interpolate
+    linearly from (0, 0) through the records, and continue after the last training record at its rate. A record's
+    seq_len gives the FLOPs of all tokens since the record before."""
     if x == "step":
         return steps
     if x in SECONDS:
@@ -223,10 +221,8 @@ def differing_keys(configs: list[dict]) -> list[list[str]]:
 
 
 def compare(runs: list[Run]) -> None:
-    """Print the keys that differ, and each run's last_len_loss at the quarters of the work that all runs have done.
-
-    Losses are interpolated between evaluations. Raises UserError if the losses are not comparable.
-    """
+    """Print the keys that differ, and each run's last_len_loss at the quarters of the work that all runs have done,
+    interpolated between evaluations. Raises UserError if the losses are not comparable."""
     names, configs = [str(run.out_dir) for run in runs], [run.config for run in runs]
     differing = differing_keys(configs)
     print("\n" + format_table(["", *names], differing) if differing else "\nThe configurations are the same.")

@@ -26,8 +26,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from articles import need  # noqa: E402
 from curriculum import format_table  # noqa: E402
 from packages import gpt2_encoding, sample_files  # noqa: E402
+from settings import user_errors  # noqa: E402
 
 FORMS = {"jsonl": "articles.jsonl", "parquet": "articles.parquet", "dump": "articles.xml.bz2"}
 
@@ -97,6 +99,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if "parquet" in args.forms:
+        need("pyarrow", "pyarrow==26.0.1")
     articles, encoding, rows = long_articles(), gpt2_encoding(), []
     texts = [row["text"] for row in articles] * 4
     for form, copies in itertools.product(args.forms, args.copies):
@@ -116,4 +120,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

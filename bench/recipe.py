@@ -11,8 +11,8 @@ loss      of the final weights on 512 windows of 2,048, spread evenly over the h
           the same targets in shorter windows, to show what context is worth
 error     the standard error over windows, each about half an article; for a difference, over the windows' differences
 at equal  the logs' last_len_loss minus the first variant's, where the cheapest run ends. A last row that no run
-          reaches makes it 2,048 for all. Seconds are training time, or with --rates=FILE tokens over the rates that
-          bench/throughput.py --to=FILE saved. FLOPs include Muon's; nanoGPT's are counted as those of model.py's GPT
+          reaches makes it 2,048 for all. Seconds are of training and compiling, or with --rates=FILE tokens over rates
+          that bench/throughput.py --to=FILE saved. FLOPs include Muon's; nanoGPT's are counted as model.py's GPT's
 """
 
 import hashlib
@@ -191,7 +191,8 @@ def train_run(run: dict, args: Namespace) -> None:
               | {"step": record["step"], "seconds": record["time_s"], "loss": record["last_len_loss"]}
               for record in read_log(config.out_dir) if record["event"] == "eval"]  # fmt: skip
     result = {"run": run, "program": "nanoGPT" if is_nanogpt else "Muon" if muon else "AdamW", "stages": stages,
-              "points": points, "losses": losses, "dtype": str(model.dtype), "device": str(model.device)}  # fmt: skip
+              "points": points, "losses": losses, "dtype": str(model.dtype), "device": str(model.device),
+              "text": data.fingerprint}  # fmt: skip
     path = result_path(run, args)
     path.with_suffix(".tmp").write_text(json.dumps(result))
     path.with_suffix(".tmp").replace(path)
@@ -260,14 +261,16 @@ def tables(groups: dict[tuple[str, float], dict[int, dict]]) -> str:
     first, whole, rows, cut_rows = next(iter(groups.values())), str(LAST_LEN), [], []
     for (variant, lr), group in groups.items():
         losses = {seed: np.array(result["losses"][whole]) for seed, result in group.items()}
-        deltas = [losses[s] - np.array(first[s]["losses"][whole]) for s in losses.keys() & first.keys()]
+        common = sorted(group.keys() & first.keys())
+        deltas = [losses[s] - np.array(first[s]["losses"][whole]) for s in common]
         row = [variant, f"{lr:g}", f"{len(group)}"]
         for by_seed, form in ((list(losses.values()), ".3f"), (deltas, "+.3f")):
             ends = [f"{f(map(np.mean, by_seed), default=0):{form}}" for f in (min, max)]
             row += [mean_and_error(np.mean(by_seed, axis=0), form), " to ".join(ends)] if by_seed else ["", ""]
         for axis in ("tokens", "flops", "seconds"):
             end = min(curve(other, axis)[0][-1] for other in groups.values())
-            row.append(f"{np.interp(end, *curve(group, axis)) - np.interp(end, *curve(first, axis)):+.3f}")
+            both = [np.interp(end, *curve({s: g[s] for s in common}, axis)) for g in (group, first) if common]
+            row.append(f"{both[0] - both[1]:+.3f}" if both else "")
         rows.append(row)
         for n, cut in group[0]["losses"].items() if 0 in group else ():
             if n != whole:
@@ -294,13 +297,19 @@ def main() -> None:
     pairs = [argument.removeprefix("--").split("=", 1) for argument in rest]
     if unknown := set(args.variants) - set(VARIANTS) or [pair[0] for pair in pairs if len(pair) == 1 or pair[0] in OWN]:
         raise UserError(f"neither a variant nor --key=value for all variants: {', '.join(unknown)}")
+    if large := [f"{lr:g}" for lr in args.lrs or () if lr >= 1]:
+        raise UserError(f"not a learning rate: {', '.join(large)}; name variants before --lrs")
     keys = {key: as_key_type(key, text, f"--{key}={text}") for key, text in pairs}
     runs = [{"variant": name, "seed": seed, "tokens": args.tokens, "batch_tokens": args.batch_tokens,
              "data": Path(args.data_dir).name, "keys": keys | {"learning_rate": lr}}
             for name in args.variants or VARIANTS
             for lr in args.lrs or [(SHARED | VARIANTS[name] | keys)["learning_rate"]]
             for seed in range(args.seeds)]  # fmt: skip
+    rates = json.loads(Path(args.rates).read_text())["tokens_per_s"] if args.rates else None
     Path(args.results).mkdir(parents=True, exist_ok=True)
+    known = [json.loads(path.read_text()).get("text") for run in runs if (path := result_path(run, args)).exists()]
+    if not args.dry and known and {*known} != {open_dataset(args.data_dir).fingerprint}:
+        raise UserError(f"{args.results} has results on other text than {args.data_dir}: give another --results")
     for run in runs:
         path = result_path(run, args)
         if not args.dry and not path.exists():
@@ -313,7 +322,6 @@ def main() -> None:
         evals = [record for record in read_log(log.parent) if record["event"] == "eval"] if log.exists() else []
         so_far = "loss {last_len_loss:.3f} after {step:,} steps, {time_s:,.0f} s".format(**evals[-1]) if evals else ""
         print(f"{path.stem}: {'done' if path.exists() else so_far or 'to do'}", flush=True)
-    rates = json.loads(Path(args.rates).read_text())["tokens_per_s"] if args.rates else None
     if groups := grouped([read_result(path, rates) for run in runs if (path := result_path(run, args)).exists()]):
         print("\n" + tables(groups))
         if args.picture:

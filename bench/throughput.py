@@ -36,11 +36,8 @@ from data import Dataset, open_dataset  # noqa: E402
 from model import GPT, GPTConfig, on_machine  # noqa: E402
 from optim import make_optimizers  # noqa: E402
 from parallel import Team  # noqa: E402
-from settings import Config, UserError, user_errors  # noqa: E402
+from settings import ONE_OF, Config, UserError, user_errors  # noqa: E402
 from train import train_step  # noqa: E402
-
-# --------------------------------------------------------------------------------------------------------------------
-# The programs: each process makes as many steps as it is told, reports, and waits
 
 
 def a_path(text: str) -> str:
@@ -48,10 +45,8 @@ def a_path(text: str) -> str:
 
 
 class Gate:
-    """A function to call after every step. At a turn's end it reports, then reads the number of steps of the next turn.
-
-    The first step is a turn of its own. A turn ends when the GPU is done.
-    """
+    """A function that a program calls after every step. At a turn's end, when the GPU is done, it reports its time and
+    memory, and reads how many steps the next turn has. The first step is a turn of its own."""
 
     def __init__(self, reports: TextIO, device: str):
         self.reports, self.device, self.left, self.since = reports, device, 1, time.perf_counter()
@@ -84,7 +79,8 @@ def set_up(config: Config, max_len: int) -> tuple[GPT, list, torch.amp.GradScale
 
 def run_train(args: Namespace, after_step: Gate, optimizer: str) -> None:
     keys = ("n_layer", "n_head", "n_embd", "device", "dtype", "data_dir")
-    config = Config(**{key: getattr(args, key) for key in keys}, optimizer=optimizer)
+    whole = {"optimizer": optimizer, "micro_batch_tokens": args.batch * args.length}  # one pass, as the other programs
+    config = Config(**{key: getattr(args, key) for key in keys}, **whole)
     model, optimizers, scaler, data = set_up(config, args.length)
     for step in range(10**9):
         windows = data.train.random_windows(args.length, args.batch, config.seed, step)
@@ -145,10 +141,6 @@ PROGRAMS = {
     "nanoGPT bf16": partial(run_nanogpt, bf16=True),
     "transformers": run_transformers,
 }
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Turns and their timing
 
 
 class Shape(NamedTuple):
@@ -242,7 +234,7 @@ def main() -> None:
         parser.add_argument(f"--{key}", type=int, default=value)
     parser.add_argument("--lengths", type=int, nargs="+", default=sorted({row[1] for row in curriculum9.stages}))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="auto", help="of our matrix products")
+    parser.add_argument("--dtype", default="auto", choices=ONE_OF["dtype"], help="of our matrix products")
     parser.add_argument("--data_dir", type=a_path, default="data/sample")
     parser.add_argument("--skip", nargs="+", default=[], choices=[*PROGRAMS][2:], help="programs to leave out")
     parser.add_argument("--apart", action="store_true", help="one program after the other")
