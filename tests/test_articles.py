@@ -115,7 +115,7 @@ NOTHING = "without a title and a text"
 WRONG = {  # file name, content or a function of the folder that makes it, words of the message, arguments
     "bz2 cut off": ("a.jsonl.bz2", cut(bz2.compress(LINES)), "cannot read"),
     "bz2 flipped": ("a.jsonl.bz2", flip(bz2.compress(LINES)), "cannot read"),
-    "not Parquet": ("a.parquet", GOOD, "cannot read"),
+    "not Parquet": ("a.parquet", GOOD, "cannot read"), "unknown kind": ("a.csv", GOOD, "of no known kind"),
     "Parquet of numbers": ("a.parquet", numbers, f"a.parquet, row 1 of group 0: {NOTHING}"),
     "no title": ("a.parquet", lambda at: numbers(at).replace(b"title", b"topic"), "'text', found id, topic, text"),
     "Latin-1 JSON lines": ("a.jsonl", GOOD + GOOD.replace(b"A", b"\xe9"), "a.jsonl:2: not UTF-8"),
@@ -124,8 +124,7 @@ WRONG = {  # file name, content or a function of the folder that makes it, words
     "an endless line": ("a.jsonl", lambda at: GOOD + bytes(1 << 28), "a line of 268,435,456 bytes or more"),
     "dump cut off": ("a.xml.bz2", lambda at: cut(dump(at, 2000)), "cut off"),
     "empty dump": ("a.xml.bz2", lambda at: dump(at, 0), "no article in it"),
-    "nothing": ("a.jsonl", b"", "no article in it"), "unknown kind": ("a.csv", GOOD, "of no known kind"),
-    "nothing readable": ("a.jsonl", b"\n\noops\n", "a.jsonl:3: not JSON"),
+    "nothing": ("a.jsonl", b"", "no article in it"), "none readable": ("a.jsonl", b"\n\noops\n", "a.jsonl:3: not JSON"),
     "more than a thousandth unreadable": ("a.jsonl", LINES + b"oops\n", "1 of 507 records"),
     "no such file": ("a.jsonl", GOOD, "b.jsonl: there is no file", "b.jsonl"),
     "only empty articles": ("a.jsonl", b'{"title": "A", "text": " "}\n', "no article falls into train"),

@@ -127,8 +127,7 @@ def test_a_fingerprint_depends_on_the_text_alone(tmp_path):
 
 @pytest.mark.parametrize("file, content, words", [  # None removes the file, a number cuts it
     ("meta.json", None, "prepare_wiki.py would make it: .*/meta.json: No such file"),
-    ("meta.json", 100, "is damaged"),
-    ("meta.json", b"[]", "is damaged"), ("meta.json", b"{}", "is damaged"),
+    ("meta.json", 100, "is damaged"), ("meta.json", b"[]", "is damaged"), ("meta.json", b"{}", "is damaged"),
     ("meta.json", b'{"tokenizer": {}, "splits": {}, "shards": [{}]}', "is damaged"),
     ("token_bytes.npy", None, "/token_bytes.npy: No such file"), ("token_bytes.npy", 1_000, "is damaged"),
     ("token_bytes.npy", 0, "is damaged"), ("val_00001.bin", None, "/val_00001.bin: No such file"),

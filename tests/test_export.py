@@ -146,12 +146,10 @@ def test_a_failed_export_is_one_line_and_status_2(run_dir, tmp_path, monkeypatch
     done = {"cannot export": run_program("export.py", run_dir, "--to", tmp_path / "full", preexec_fn=limit_files)}
     before = sorted(tmp_path.rglob("*"))
     for message, arguments in {
-        "--to": [run_dir],
-        "best.pt: No such file": [tmp_path, "--to", to],
-        "lacks the evaluation after step 12": [other, "--to", to],
-        "File exists": [run_dir, "--to", other],
+        "--to": [run_dir], "best.pt: No such file": [tmp_path, "--to", to],
+        "lacks the evaluation after step 12": [other, "--to", to], "File exists": [run_dir, "--to", other],
         "Not a directory": [run_dir, "--to", other / "log.jsonl" / "hf"],
-    }.items():
+    }.items():  # fmt: skip
         done[message] = call_program("export.py", *arguments)
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
     done["pip install transformers safetensors"] = call_program("export.py", run_dir, "--to", to)

@@ -87,10 +87,8 @@ def test_curves_stages_and_axes_also_after_the_last_training_record(tmp_path, x,
     steps = np.array([0, 7, 10, 12, 20])
     expected = falling(in_stages(steps, FIRST, SECOND))
     for name, values in (
-        ("validation, stage's length", expected - 0.5),
-        ("validation, last length", expected),
-        ("validation, planned", [math.nan, *np.log(3000 / steps[1:])]),
-    ):
+        ("validation, stage's length", expected - 0.5), ("validation, last length", expected),
+        ("validation, planned", [math.nan, *np.log(3000 / steps[1:])])):  # fmt: skip
         assert curves[name].get_xdata() == pytest.approx(in_stages(steps, first, second))
         assert curves[name].get_ydata() == pytest.approx(np.array(values), nan_ok=True)
     assert curves["training, smoothed"].get_ydata().tolist() == [8, 7, 6, 5][: last_logged // 5]
@@ -144,8 +142,8 @@ def test_the_keys_that_differ_and_no_others(tmp_path):
 @pytest.mark.parametrize("args, words", [
     ("none", "none/log.jsonl"), ("new", "no 'train' record yet"), ("bare --x=flops", "no last.pt or best.pt"),
     ("a --to=a.docx", "docx"), ("a --to=none/a.png", "cannot write"),
-    ("a", "pip install matplotlib"), ("a bare", "no last.pt or best.pt"),
-    ("a begun", "no evaluation after its start"), ("a short", "different lengths, [64, 128]"),
+    ("a", "pip install matplotlib"), ("a bare", "no last.pt or best.pt"), ("a begun", "no evaluation after its start"),
+    ("a short", "different lengths, [64, 128]"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, args, words):
     for name, steps, rows in (("a", 20, 2), ("short", 20, 1), ("begun", 6, 2), ("new", 4, 2), ("bare", 20, 2)):

@@ -23,14 +23,12 @@ README, DOCS = (ROOT / "README.md").read_text(), (ROOT / "docs/running.md").read
 OWN = "config/mine.py"  # the worked example
 
 NOT_HERE = {
-    r"make \w+": "runs this test, or trains for minutes",
-    r"python3 -m venv .*|\. \S+activate": "makes the environment",
+    r"make \w+": "runs this test, or trains for minutes", r"python3 -m venv .*|\. \S+activate": "makes the environment",
     r"pip install .*|hf download .*|curl .*|.* --sample .*": "needs the network",
     r"python prepare_wiki.py .* --out data/wiki": "reads all of Wikipedia",
     r"(until python|python|torchrun .*) train.py config/(curriculum9|fixed2048).py .*": "trains for hours",
-    r"python llama.cpp/.*": "is a program of llama.cpp",
-    r"export .*": "is for the shell that runs torchrun",
-}
+    r"python llama.cpp/.*": "is a program of llama.cpp", r"export .*": "is for the shell that runs torchrun",
+}  # fmt: skip
 PRINTED_ELSEWHERE = "The history of"  # a text by the demo's model
 
 

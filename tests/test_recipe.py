@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import call_program
 
 import train
 from bench import recipe
@@ -16,11 +17,10 @@ from curriculum import Curriculum
 from model import GPTConfig, on_machine
 
 
-def run_of(variant: str, steps: int, batch_tokens: int, lr: float) -> dict:
+def run_of(variant: str, steps: int, size: int, lr: float) -> dict:
     keys = {"n_layer": 1, "n_head": 1, "n_embd": 32, "compile": False, "device": "cpu", "dtype": "float32",
             "micro_batch_tokens": 512, "eval_tokens": 2_048, "learning_rate": lr}  # fmt: skip
-    return {"variant": variant, "seed": 0, "tokens": steps * batch_tokens, "batch_tokens": batch_tokens, "data": "x",
-            "keys": keys}  # fmt: skip
+    return {"variant": variant, "seed": 0, "tokens": steps * size, "batch_tokens": size, "data": "x", "keys": keys}
 
 
 def test_gpt2_is_transformers_gpt2():
@@ -98,6 +98,15 @@ def test_every_variant_has_the_same_budget():
             assert abs(trained - steps * batch_tokens) <= batch_tokens * 0.75, (variant, trained)
             assert {row[1] for row in stages[:-1]} == {row[1] for row in variant["rows"]}
             assert stages[-1][:2] == (max_steps, 2048)
+
+
+def test_results_of_another_text_are_refused(small_dir, tmp_path):
+    run = run_of("512", 4, 512, 1e-2) | {"data": small_dir.name, "tokens": 2048.0}
+    recipe.result_path(run, Namespace(results=tmp_path)).write_text('{"text": "another"}')
+    keys = [f"--{key}={value}" for key, value in run["keys"].items() if key != "learning_rate"]
+    keys += ["--tokens=2048", "--batch_tokens=512", "--seeds=1", "--lrs", "1e-2", f"--data_dir={small_dir}"]
+    done = call_program("bench/recipe.py", "512", *keys, f"--results={tmp_path}")
+    assert done.returncode == 2 and "has results on other text" in done.stderr
 
 
 def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
