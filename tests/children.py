@@ -149,11 +149,9 @@ def refuse_to_log(first: int, last: int) -> None:
     """Make the disk full from step `first` to step `last`. Only half of the first record is still written."""
     pwrite, steps, halves = os.pwrite, [0], [1]
     before(curriculum, "learning_rate", lambda config, stage, step: steps.append(step + 1))
-
     def pwrite_if_room(file, data, offset):
         is_full = first <= steps[-1] <= last
         return pwrite(file, data[: len(data) // 2 if is_full and halves.pop() else None], offset)
-
     os.pwrite = pwrite_if_room
     before(os, "pwrite", lambda *_: first <= steps[-1] <= last and not halves and fill_disk())
 

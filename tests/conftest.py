@@ -133,6 +133,14 @@ def read_log(out_dir) -> list[dict]:
     return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
 
 
+def assert_same_losses(one: Path, other: Path, keys: set, bound: float) -> None:
+    """Assert that two logs have the same records, and losses and the like within `bound`."""
+    for record, theirs in zip(read_log(one), read_log(other), strict=True):
+        assert [record[key] for key in ("event", "step")] == [theirs[key] for key in ("event", "step")]
+        ours, expected = ({key: found.get(key) for key in keys} for found in (record, theirs))
+        assert ours == pytest.approx(expected, abs=bound)
+
+
 def assert_same_run(one, other) -> None:
     """Assert that the checkpoints and logs of two runs differ only in times (test_bench.py tests `differences`)."""
     assert differences(one, other) == [] and not [*one.glob("*.tmp")]

@@ -44,8 +44,7 @@ def test_every_kind_gives_the_same_shards(tmp_path):
         text(tmp_path / "in.jsonl.bz2", bz2.compress(lines[:9999]) + bz2.compress(lines[9999:])),
         text(tmp_path / "wiki_00", lines), tmp_path / "texts" / "*.txt",
         write_parquet(tmp_path / "groups.parquet", given, row_group_size=7),
-        write_parquet(tmp_path / "large.parquet", given, "large_string", compression="zstd"),
-    ]  # fmt: skip
+        write_parquet(tmp_path / "large.parquet", given, "large_string", compression="zstd")]  # fmt: skip
     prepare(tmp_path / "plain", plain)
     holds(tmp_path / "plain", given)
     for number, source in enumerate(sources):
@@ -76,8 +75,7 @@ def test_dump(tmp_path):
     pages += [
         page("A&amp;B &quot;C&quot;", "At &amp;lt; 5&amp;nbsp;&amp;pound;&lt;ref&gt;x&lt;/ref&gt; &amp; up"),
         page("Talk:Page 10", "Not an article.", namespace=1), page("Only a list", "* one\n* two"),
-        page("Old name", "#REDIRECT [[Page 10]]", redirect='<redirect title="Page 10" />\n'),
-    ]  # fmt: skip
+        page("Old name", "#REDIRECT [[Page 10]]", redirect='<redirect title="Page 10" />\n')]  # fmt: skip
     packed = write_dump(tmp_path / "small.xml.bz2", pages)
     plain = text(tmp_path / "plain.xml", bz2.decompress(packed.read_bytes()))
     # A user may also run wikiextractor and pass its output
@@ -131,8 +129,7 @@ WRONG = {  # file name, content or a function of the folder that makes it, words
     "nothing for val": ("a.jsonl", GOOD, "no article falls into val", "--val_fraction", 0.00001),
     "bad fraction": ("a.jsonl", GOOD, "--val_fraction", "--val_fraction", 1),
     "two inputs": ("a.jsonl", GOOD, "give either INPUT files", "--sample"),
-    "output in a file": ("a.jsonl", GOOD, "cannot make", "--out", "a.jsonl/out"),
-}  # fmt: skip
+    "output in a file": ("a.jsonl", GOOD, "cannot make", "--out", "a.jsonl/out")}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -148,8 +145,7 @@ UNREADABLE = {  # a line, and why it is skipped
     b"{'title': 1}": "not JSON", b'{"title": "B", "text": "c': "not JSON", b"[" * 100_000: "not JSON",
     b'["title", "text"]': NOTHING, b'{"title": "B"}': NOTHING,
     b'{"title": " ", "text": "c"}': NOTHING, b'{"title": "B", "text": ["c"]}': NOTHING,
-    b'{"title": "B", "text": "\xff"}': "not UTF-8", b'{"title": "B", "text": "\\ud800"}': "not UTF-8",
-}  # fmt: skip
+    b'{"title": "B", "text": "\xff"}': "not UTF-8", b'{"title": "B", "text": "\\ud800"}': "not UTF-8"}  # fmt: skip
 
 
 def test_unreadable_records_are_skipped_and_counted(tmp_path):

@@ -73,8 +73,7 @@ def test_fixed_windows_tile_each_shard(seq_len):
 
 @pytest.mark.parametrize("seq_len, W, cases", [
     (10, 10, {0: 10, 1: 1, 19: 1, 20: 2, 99: 9, 100: 10, 110: 10, 10**15: 10}),
-    (1, 108, {n: n for n in (1, 2, 3, 7, 50, 107, 108)}),
-])  # fmt: skip
+    (1, 108, {n: n for n in (1, 2, 3, 7, 50, 107, 108)})])  # fmt: skip
 def test_an_evaluation_scores_n_of_all_W_windows_evenly_spread(seq_len, W, cases):
     """Shards of 39 and 71 tokens hold 3 + 7 windows of length 10, and 38 + 70 windows of length 1."""
     for tokens, n in cases.items():
@@ -118,7 +117,6 @@ def test_a_fingerprint_depends_on_the_text_alone(tmp_path):
         first, *rest = meta["shards"]
         (tmp_path / "meta.json").write_text(json.dumps(meta | {"shards": [first | changes, *rest]}))
         return open_dataset(str(tmp_path), 4).fingerprint
-
     shutil.copy(tmp_path / "train_00000.bin", tmp_path / "another_name.bin")
     assert fingerprint(file="another_name.bin", note="new") == fingerprint()
     others = {"sha256": "new"}, {"split": "val"}, {"sha256": meta["shards"][1]["sha256"]}
@@ -130,9 +128,8 @@ def test_a_fingerprint_depends_on_the_text_alone(tmp_path):
     ("meta.json", 100, "is damaged"), ("meta.json", b"[]", "is damaged"), ("meta.json", b"{}", "is damaged"),
     ("meta.json", b'{"tokenizer": {}, "splits": {}, "shards": [{}]}', "is damaged"),
     ("token_bytes.npy", None, "/token_bytes.npy: No such file"), ("token_bytes.npy", 1_000, "is damaged"),
-    ("token_bytes.npy", 0, "is damaged"), ("val_00001.bin", None, "/val_00001.bin: No such file"),
     ("val_00001.bin", 32, "is damaged: val_00001.bin"), ("val_00001.bin", bytes(62), "is damaged: val_00001.bin"),
-])  # fmt: skip
+    ("token_bytes.npy", 0, "is damaged"), ("val_00001.bin", None, "/val_00001.bin: No such file")])  # fmt: skip
 def test_a_missing_or_damaged_file_is_refused(tmp_path, file, content, words):
     write_random(tmp_path)
     whole = (tmp_path / file).read_bytes()

@@ -8,16 +8,18 @@ import os
 import random
 import shutil
 import signal
+from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
 import numpy as np
 import pytest
 import torch
 from children import VOCAB_SIZE, folder, run_train, write_learnable
-from conftest import FEW, assert_same_run, read_log
+from conftest import FEW, assert_same_run, read_log, release_logs
 
-from checkpoint import load_checkpoint, save_checkpoint
-from settings import UserError
+from checkpoint import Run, load_checkpoint, save_checkpoint
+from parallel import Team
+from settings import Config, UserError
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,7 @@ def test_a_stop_signal_lets_the_step_or_evaluation_end_and_saves(number, place, 
     assert load_checkpoint(tmp_path / "last.pt")["step"] == read_log(tmp_path)[-1]["step"] == step
     assert run_train(tmp_path).returncode == 0
     assert_same_run(tmp_path, unbroken)
+    assert (times := [record["time_s"] for record in read_log(tmp_path)]) == sorted(times)  # the clock continues
 
 
 def test_nohup_keeps_a_run_from_sighup_and_a_second_signal_kills_it(halfway, unbroken):
@@ -212,6 +215,17 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path, monk
     monkeypatch.setattr("zipfile.ZipFile.testzip", lambda _: os.read(os.open("/proc/self/mem", os.O_RDONLY), 9))
     with pytest.raises(UserError, match="best.pt is damaged: .*Input/output error"):  # a sector of the disk
         load_checkpoint(path)
+
+
+def test_log_and_checkpoint_are_on_the_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    calls, run = [], Run(Config(out_dir=str(tmp_path / "run")), "text", Team())
+    run.start()
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.readlink(f"/proc/self/fd/{file}").rpartition("/")[2]))
+    monkeypatch.setattr(Path, "replace", lambda path, to: calls.append(f"> {to.name}") or os.rename(path, to))
+    run.log("train", step=1)
+    run.save("last.pt", step=1)
+    assert calls == ["log.jsonl", "checkpoint.tmp", "> last.pt", "run"]
+    release_logs()
 
 
 class Attack:

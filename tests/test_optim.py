@@ -85,7 +85,8 @@ def test_several_processes_share_muons_work_and_get_one_processs_bits(tmp_path):
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=100), 16)
-    optimizers = make_optimizers(model, Config(optimizer="muon"))
+    optimizers = make_optimizers(model, Config(optimizer="muon", weight_decay=0.5))
+    assert [g["weight_decay"] for opt in optimizers for g in opt.param_groups] == [0.5, 0.0, 0.5]  # norms have none
     names = {weight: name for name, weight in model.named_parameters()}
     adamw, muon = ({names[w] for group in opt.param_groups for w in group["params"]} for opt in optimizers)
     assert muon == {name for name in names.values() if name.endswith("_proj.weight")} and len(muon) == 14

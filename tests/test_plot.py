@@ -73,8 +73,7 @@ def test_smoothing():
 
 @pytest.mark.parametrize("x, first, second", [
     ("tokens", FIRST, SECOND), ("flops", FIRST * price(1, 64), SECOND * price(1, 128)), ("time", 1 / 60, 3 / 60),
-    ("step", 1, 1),
-])  # fmt: skip
+    ("step", 1, 1)])  # fmt: skip
 @pytest.mark.parametrize("last_logged", [20, 15])
 def test_curves_stages_and_axes_also_after_the_last_training_record(tmp_path, x, first, second, last_logged):
     log = make_run(tmp_path / "a", plan=True) / "log.jsonl"
@@ -131,8 +130,7 @@ def test_the_keys_that_differ_and_no_others(tmp_path):
     output = run("a", "b").stdout
     assert [" ".join(line.split()) for line in output.split("\n\n")[1].splitlines()] == [
         "a b", "data_dir data/wiki data/other", "learning_rate 0.0006 0.5", "optimizer muon adamw",
-        "stages (0, 64, 4, 1.0) (0, 64, 4, 1.0)", "(10, 128, 3, 0.5) (10, 96, 3, 0.5)", "(15, 128, 1, 0.25)",
-    ]  # fmt: skip
+        "stages (0, 64, 4, 1.0) (0, 64, 4, 1.0)", "(10, 128, 3, 0.5) (10, 96, 3, 0.5)", "(15, 128, 1, 0.25)"]
     assert "data_dir differs, so the losses may be of different windows" in output
     same = run("a", "a").stdout
     assert "configurations are the same" in same and "different windows" not in same
@@ -143,8 +141,7 @@ def test_the_keys_that_differ_and_no_others(tmp_path):
     ("none", "none/log.jsonl"), ("new", "no 'train' record yet"), ("bare --x=flops", "no last.pt or best.pt"),
     ("a --to=a.docx", "docx"), ("a --to=none/a.png", "cannot write"),
     ("a", "pip install matplotlib"), ("a bare", "no last.pt or best.pt"), ("a begun", "no evaluation after its start"),
-    ("a short", "different lengths, [64, 128]"),
-])  # fmt: skip
+    ("a short", "different lengths, [64, 128]")])  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, args, words):
     for name, steps, rows in (("a", 20, 2), ("short", 20, 1), ("begun", 6, 2), ("new", 4, 2), ("bare", 20, 2)):
         make_run(tmp_path / name, steps=steps, stages=STAGES[:rows])

@@ -35,8 +35,7 @@ UNUSUAL = [
     ("Line separators", "one\u2028two\x0bthree\x85four\nfive"),
     ("עברית", "שלום עולם. العربية تُكتب من اليمين إلى اليسار. \u202eback\u202c"),
     ("中文", "维基百科是一个自由的百科全书。ウィキペディア 위키백과 👩‍👩‍👧‍👦🏳️‍🌈"),
-    ("Newlines", "\n\n  leading\n \n\n and trailing \n\n\n"),
-]
+    ("Newlines", "\n\n  leading\n \n\n and trailing \n\n\n")]  # fmt: skip
 
 
 def make_articles(count: int, words: int = 300) -> list[tuple[str, str]]:
@@ -162,7 +161,6 @@ def test_shards_hold_what_another_tokenizer_says(tmp_path):
     written = json.loads(read_file_cached(GPT2_URL + "encoder.json"))  # one character per byte of a token
     other = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=written, merges=[tuple(line.split()) for line in merges]))
     other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-
     articles = make_articles(200)
     meta = prepare(tmp_path / "out", write_jsonl(tmp_path / "in.jsonl", articles), "--val_fraction", 0.2)
     lengths = np.load(tmp_path / "out" / "token_bytes.npy")
@@ -193,10 +191,8 @@ LETTERS += ["e\u0301", "<|", "&amp;", "_", '"', "\\", "\ufeff", "\x1c", "\u00a0"
 def test_fuzz(tmp_path, seed):
     """Prepare random records with random options, and compare with shards that this test makes in a simpler way."""
     rng = random.Random(seed)
-
     def make_text(most: int) -> str:
         return "".join(rng.choices(LETTERS, weights=[rng.random() for _ in LETTERS], k=rng.randint(0, most)))
-
     given = [(make_text(4), make_text(60)) for _ in range(360)]
     given += rng.choices(given, k=40)
     rng.shuffle(given)
@@ -206,7 +202,6 @@ def test_fuzz(tmp_path, seed):
     per_file = rng.choice([57, 400])
     sources = [write_jsonl(tmp_path / f"{i}.jsonl", given[i : i + per_file]) for i in range(0, len(given), per_file)]
     meta = prepare(tmp_path / "out", *sources, *options, piece_bytes=rng.choice([300, 10_000]))
-
     readable = [(title, text) for title, text in given if title.strip()]
     full = [(title, text) for title, text in readable if text.strip()]
     unique = {}  # each article once, however its title is spelled
@@ -256,9 +251,8 @@ def sound(tmp_path_factory) -> Path:
     ("train_00000.bin", flip, "train_00000.bin"), ("train_00001.bin", None, "train_00001.bin"),
     ("val_00000.bin", lambda content: content[:-2], "val_00000.bin"), ("token_bytes.npy", flip, "token_bytes.npy"),
     ("meta.json", lambda content: content.replace(b'"sha256"', b'"sha"', 1), "is damaged"),
-    ("meta.json", lambda content: content.replace(b'"bytes": ', b'"bytes": 1'), "its splits have"),
     ("val_00000.bin", lambda content: b"\x50\xc4" * 2 + content[4:], "its splits have"),  # 0xc450: <|endoftext|>
-])  # fmt: skip
+    ("meta.json", lambda content: content.replace(b'"bytes": ', b'"bytes": 1'), "its splits have")])  # fmt: skip
 def test_verify_finds(sound, tmp_path, file, change, message):
     out = shutil.copytree(sound, tmp_path / "out")
     before = (out / file).read_bytes()

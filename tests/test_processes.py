@@ -1,16 +1,16 @@
 """Several processes make the same run as a single one, and end together. The slow tests use torchrun."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from children import Child, folder, run_train
-from conftest import ROOT, assert_same_run, read_log
+from children import Child, folder, run_train, write_learnable
+from conftest import ROOT, assert_same_losses, assert_same_run, read_log
 
 from bench.exactness import log_of
 from checkpoint import load_checkpoint
@@ -18,6 +18,7 @@ from checkpoint import load_checkpoint
 # Batches that do not divide evenly among two or three processes, the last of them a single window
 KEYS = {"stages": ((0, 16, 8, 1.0), (5, 32, 7, 0.5), (10, 64, 1, 0.25)), "max_steps": 15, "checkpoint_interval": 4}
 KEYS |= {"learning_rate": 1e-3, "dtype": "float32"}
+LOSSES = {"seq_len", "loss", "grad_norm", "val_loss", "val_accuracy", "val_bpb", "train_loss", "last_len_loss"}
 
 
 def free_port() -> int:
@@ -35,20 +36,14 @@ def run_ranks(count: int, *arguments: object, rank_1: tuple = (), fault: str = "
     return [child.wait() for child in children]
 
 
-def assert_same_losses(out_dir: Path, one: Path) -> None:
-    for ours, record in zip(read_log(out_dir), read_log(one), strict=True):
-        assert (ours["event"], ours["step"], ours["seq_len"]) == (record["event"], record["step"], record["seq_len"])
-        for key in {"loss", "grad_norm", "val_loss", "val_bpb", "train_loss", "last_len_loss"} & record.keys():
-            assert ours[key] == pytest.approx(record[key], abs=1e-4)
-
-
 def test_two_and_three_processes_make_the_run_of_one(tmp_path):
     assert run_train(tmp_path / "1", **KEYS).returncode == 0
     for count in (2, 3):
-        first, *others = run_ranks(count, f"--out_dir={tmp_path / str(count)}")
+        own = (f"--data_dir={shutil.copytree(folder() / 'data', tmp_path / f'copy{count}')}",)  # rank 1's own copy
+        first, *others = run_ranks(count, f"--out_dir={tmp_path / str(count)}", rank_1=own)
         assert first.returncode == 0 and first.stdout.count("last len") == 1, first.stderr
         assert all((other.returncode, other.stdout, other.stderr) == (0, "", "") for other in others)
-        assert_same_losses(tmp_path / str(count), tmp_path / "1")
+        assert_same_losses(tmp_path / str(count), tmp_path / "1", LOSSES, 1e-4)
 
 
 def test_a_stop_signal_to_one_process_stops_all_and_another_number_may_resume(tmp_path):
@@ -61,7 +56,7 @@ def test_a_stop_signal_to_one_process_stops_all_and_another_number_may_resume(tm
     assert [done.returncode - 128 for done in stopped] == [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]
     assert load_checkpoint(out_dir / "last.pt")["step"] == read_log(out_dir)[-1]["step"] == 10
     assert run_train(out_dir, **KEYS).returncode == 0
-    assert_same_losses(out_dir, whole)
+    assert_same_losses(out_dir, whole, LOSSES, 1e-4)
 
 
 NCCL = "import torch.distributed as d; error = d.DistBackendError('NCCL\\nfailed');"
@@ -79,12 +74,13 @@ def test_a_process_that_dies_ends_the_other_with_one_line(fault, tmp_path):
 
 
 def test_a_mistake_of_one_process_is_printed_by_it(tmp_path):
-    """First rank 1 alone has an invalid key. Then it reads another checkpoint or key, and both print that."""
+    """First rank 1 alone has an invalid key. Then it reads another checkpoint, key or text, and both say so."""
     first, second = run_ranks(2, f"--out_dir={tmp_path / 'run'}", rank_1=("--n_head=5",))
     assert (first.returncode, second.returncode) == (1, 2) and first.stderr.count("\n") == 1
     assert second.stderr.startswith("error: ") and second.stderr.count("n_head") == second.stderr.count("\n") == 1
     assert run_train(tmp_path / "run", **KEYS | {"max_steps": 5}).returncode == 0
-    for own in (f"--out_dir={tmp_path / 'other'}", "--seed=7"):
+    write_learnable(tmp_path / "text", seed=1)
+    for own in (f"--out_dir={tmp_path / 'other'}", "--seed=7", f"--data_dir={tmp_path / 'text'}"):
         for done in run_ranks(2, f"--out_dir={tmp_path / 'run'}", rank_1=(own,)):
             assert done.returncode == 2 and "do they all see the same" in done.stderr
 

@@ -128,7 +128,6 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
     price, muon = GPTConfig(1, 1, 32).flops_per_token, muon_flops(GPTConfig(1, 1, 32))
     assert [point["flops"] for point in grown["points"]] == [
         0, 512 * price(64) + 2 * muon, 512 * (price(64) + price(256)) + 4 * muon]  # fmt: skip
-
     model = recipe.GPT2(GPTConfig(1, 1, 32), 256)
     model.load_state_dict(torch.load(tmp_path / "out/recipe" / paths[1].stem / "last.pt", weights_only=True)["model"])
     val = torch.from_numpy(np.fromfile(small_dir / "val_00000.bin", "<u2").astype(np.int64))
@@ -137,7 +136,6 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
             expected = [np.mean([F.cross_entropy(model(val[None, i : i + n])[0], val[i + 1 : i + n + 1]).item()
                                  for i in range(first, first + 256, n)]) for first in (0, 8 * 256)]  # fmt: skip
         assert nanogpt["losses"][str(n)] == pytest.approx(expected, abs=1e-4)
-
     rates = {"Muon": {"64": 512 / 3, "256": 512 / 4}, "nanoGPT": {"256": 1.0}, "nanoGPT bf16": {"256": 1024 / 5}}
     groups = recipe.grouped([recipe.read_result(path, rates) for path in reversed(paths)])
     recipe.draw(groups, tmp_path / "loss.png")

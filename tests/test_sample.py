@@ -87,7 +87,6 @@ def test_in_bfloat16_the_matrices_alone_are_rounded_and_the_logits_stay_near(mon
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.2, 1e-9])
 def test_probabilities_are_those_of_transformers_without_the_padding(temperature, top_k, top_p):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
     logits = 4 * torch.randn(2, 50304, generator=torch.Generator().manual_seed(0))
     logits[:, VOCAB_SIZE:] = 100.0
     expected = logits[:, :VOCAB_SIZE].double()
@@ -145,7 +144,6 @@ def test_a_single_text_is_written_out_as_it_is_made(trained, monkeypatch):
         for written, word in (("", " and"), (" and", " so"), (" and so", " on")):
             assert screen.getvalue().decode() == "It goes" + written
             yield encoding.encode_ordinary(word)
-
     monkeypatch.setattr(sample, "generate", slowly)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen))
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained}", "--prompt=It goes"])
@@ -160,12 +158,13 @@ def test_the_seed_decides_wherever_the_prompt_comes_from(run_sample, monkeypatch
     file.write_bytes(b"\xef\xbb\xbf" + prompt.replace("\n", "\r\n").encode() + b"\r\n")  # as Windows writes it
     monkeypatch.setattr(sys, "stdin", file.open())
     sources = (f"--prompt={prompt}", 1), (f"--prompt_file={file}", 1), ("--prompt_file=-", 1), (f"--prompt={prompt}", 2)
-    first, from_file, from_stdin, other_seed = (
-        run_sample("--samples=3", "--temperature=2", source, f"--seed={seed}").stdout for source, seed in sources
-    )
+    first, from_file, from_stdin, other_seed = (run_sample("--samples=3", "--temperature=2", source,
+                                                           f"--seed={seed}").stdout for source, seed in sources)
     assert first == from_file == from_stdin != other_seed
     texts = re.split("\n\n--- [23] ---\n\n", first)
     assert all(text.startswith(prompt) for text in texts) and len(set(texts)) == 3
+    best = [run_sample("--temperature=9", flag).stdout for flag in ("--top_k=1", "--top_p=1e-9", "--temperature=0")]
+    assert best[0] == best[1] == best[2] != run_sample("--temperature=9").stdout
 
 
 def test_the_longest_trained_window_ends_the_text(trained, run_sample):

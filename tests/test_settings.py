@@ -21,7 +21,6 @@ def write(tmp_path):
     def write(text: str, name: str = "mine.py") -> str:
         (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
         return f"{tmp_path}/{name}"
-
     return write
 
 
@@ -44,8 +43,7 @@ def test_the_last_of_default_file_and_arguments_wins(write):
     ("resume=True", True), ("resume=1", True), ("compile=false", False), ("compile=0", False),
     ("out_dir=20261126", "20261126"), ("out_dir=out/run 7", "out/run 7"), ("out_dir='7'", "'7'"),
     ("out_dir=a=--b", "a=--b"), ("out_dir=~/run", f"{HOME}/run"), ("data_dir=~", HOME), ("device=~", "~"),
-    ("stages=[[0, 64, 8, 1], (5, 128, 4, 0.5)]", ((0, 64, 8, 1), (5, 128, 4, 0.5))),
-])  # fmt: skip
+    ("stages=[[0, 64, 8, 1], (5, 128, 4, 0.5)]", ((0, 64, 8, 1), (5, 128, 4, 0.5)))])  # fmt: skip
 def test_a_value_is_converted_to_its_keys_type(write, argument, value):
     key = argument.partition("=")[0]
     for argv in ([write(""), f"--{argument}"], [write(f"{key} = {value!r}\n")]):  # from an argument, and from a file
@@ -61,8 +59,7 @@ KINDS = {"seed": "a whole number", "max_steps": "a whole number", "learning_rate
     "seed=1.5", "seed=True", "max_steps=ten", "max_steps=nan", "learning_rate=fast", "learning_rate=False",
     "resume=yes", "compile=2", "stages=5", "stages=((0, 64", "stages=" + 5_000 * "9", "stages=" + 500 * "(",
     "seed = 1.5", "seed = True", "seed = None", "learning_rate = True", "out_dir = 7", "stages = 5",
-    "device = ['cuda']", "compile = None",
-])  # fmt: skip
+    "device = ['cuda']", "compile = None"])  # fmt: skip
 def test_a_value_of_another_type_is_refused_with_its_key(write, text):
     key = text.partition("=")[0].strip()
     if " = " in text:  # a line of a file
@@ -92,8 +89,7 @@ def test_imported_keys_count_and_other_names_that_a_file_imports_or_defines_do_n
         "shorter = lambda rows: [Row(step // _half, *row) for step, *row in rows]\n"
         "def double(x):\n    return 2 * x\n"
         "stages, n_head = shorter(_nine), double(3)\n"
-        "out_dir = os.path.join('out', Path(__file__).stem)\n"
-    )
+        "out_dir = os.path.join('out', Path(__file__).stem)\n")  # fmt: skip
     expected = tuple((row[0] // 2, *row[1:]) for row in curriculum9.stages)
     assert load_config([path]) == Config(stages=expected, n_head=6, out_dir="out/mine")
     assert {type(row) for row in load_config([path]).stages} == {tuple}  # a checkpoint loads no class of a config
@@ -106,9 +102,8 @@ def test_imported_keys_count_and_other_names_that_a_file_imports_or_defines_do_n
 @pytest.mark.parametrize("text, said", [
     ("seed = 1\nmax_steps = = 5\n", "SyntaxError.*line 2"), ("seed = sede + 1\n", "NameError.*sede"),
     ("import no_such_module\n", "ModuleNotFoundError.*no_such_module"), ("seed = 1\0\n", "null byte"),
-    ("open('no_such.txt')\n", "No such file"), ("exit()\n", "SystemExit"), (None, "FileNotFoundError"),
     ("out_dir = '\udcfc'\n", "UnicodeDecodeError"),  # a byte that is not UTF-8
-])  # fmt: skip
+    ("open('no_such.txt')\n", "No such file"), ("exit()\n", "SystemExit"), (None, "FileNotFoundError")])  # fmt: skip
 def test_a_file_that_does_not_run_is_refused_with_its_error(write, tmp_path, text, said):
     path = write(text) if text else f"{tmp_path}/none.py"
     with pytest.raises(UserError, match=f"config file {path}: .*{said}"):
@@ -116,12 +111,11 @@ def test_a_file_that_does_not_run_is_refused_with_its_error(write, tmp_path, tex
 
 
 @pytest.mark.parametrize("error, status, line", [
+    (KeyboardInterrupt(), 130, ""),  # as shells expect
     (UserError("over\n  several\tlines\n\n"), 2, "error: over several lines\n"),
     (MemoryError(), 2, "error: out of memory: take less\n"),
     (RuntimeError("CUDA out of memory. Tried ..."), 2, "error: out of memory: take less\n"),
-    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, "error: out of memory: take less\n"),
-    (KeyboardInterrupt(), 130, ""),  # as shells expect
-])  # fmt: skip
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, "error: out of memory: take less\n")])  # fmt: skip
 def test_a_users_error_is_one_line(capsys, error, status, line):
     with pytest.raises(SystemExit) as stop, user_errors("take less"):
         raise error

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from children import VOCAB_SIZE, run_train
-from conftest import FEW, SMALL, assert_same_run, read_log
+from conftest import FEW, SMALL, assert_same_run, read_log, release_logs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -34,9 +34,9 @@ def small_step(scaler=None, sgd=False, **keys):
     return model, optimizers, lambda: train_step(model, optimizers, scaler, WINDOWS, 0.5, config, Team())
 
 
-def gradients_of_step(**keys) -> tuple:
+def gradients_of_step(grad_clip=0.0, **keys) -> tuple:
     """Return the model before a step, and the step's loss, norm and gradients, which are twice what SGD subtracts."""
-    model, _, step = small_step(sgd=True, grad_clip=0.0, **keys)
+    model, _, step = small_step(sgd=True, grad_clip=grad_clip, **keys)
     old = copy.deepcopy(model)
     loss, norm = step()
     return old, loss, norm, [(a - b).detach() / 0.5 for a, b in zip(old.parameters(), model.parameters())]
@@ -49,8 +49,11 @@ def test_micro_batches_of_unequal_size_give_the_gradient_of_the_whole_batch():
     expected = torch.autograd.grad(whole, model.parameters())
     assert loss == pytest.approx(whole.item(), rel=1e-6)
     assert norm == pytest.approx(math.sqrt(sum(grad.double().square().sum() for grad in expected)), rel=1e-5)
-    for ours, grad in zip(grads, expected, strict=True):
+    *_, same_norm, clipped = gradients_of_step(grad_clip=norm / 4)
+    assert same_norm == pytest.approx(norm)  # the norm before clipping
+    for ours, quarter, grad in zip(grads, clipped, expected, strict=True):
         torch.testing.assert_close(ours, grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(4 * quarter, grad, rtol=1e-3, atol=4e-6)
 
 
 def frozen(model, optimizers) -> str:
@@ -126,6 +129,19 @@ def test_steps_by_graph_are_the_plain_steps_to_the_bit(dtype, monkeypatch):
             results.append(train_step(model, optimizers, scaler, windows, 0.01, config, Team()))
         runs.append([*results, *(weight.tolist() for weight in model.parameters())])
     assert runs[0] == runs[1] and graph.graph.operations
+
+
+def test_every_step_trains_on_random_windows_of_the_training_shard(small_dir, tmp_path, monkeypatch):
+    seen, shard = [], np.fromfile(small_dir / "train_00000.bin", "<u2").tolist()
+    monkeypatch.setattr(train, "train_step", lambda *args: seen.append(args[3].tolist()) or (1.0, 1.0))
+    keys = SMALL | {"stages": FEW, "max_steps": 30, "seed": 3, "eval_tokens": 64, "data_dir": str(small_dir)}
+    assert train.train(Config(**keys, out_dir=str(tmp_path / "run")), Team()) == 0
+    release_logs()
+    for step, windows in enumerate(seen):
+        T, B = next(row[1:3] for row in reversed(FEW) if row[0] <= step)
+        starts = np.random.default_rng((3, step)).integers(len(shard) - T, size=B)
+        assert windows == [shard[i : i + T + 1] for i in starts]
+    assert len(seen) == 30
 
 
 def test_the_log_and_the_checkpoints_of_a_whole_run(tmp_path):
@@ -207,9 +223,8 @@ def test_ten_consecutive_skipped_steps_end_the_run_with_one_line_and_its_last_ch
 @pytest.mark.parametrize("stages, losses, bad_evals, best", [
     ((3, 32), [5.0, 4.0, 4.1, 4.2, 9.0, 8.9, 8.8, 8.7, 8.6], [0, 0, 1, 2, 0, 0, 0, 0, 0], 8),  # one best per length
     ((3, 32), [6.0, 5.0, 5.5, 5.6, 6.0, 6.1, 6.0, 5.9, 9.9], [0, 0, 1, 2, 0, 1, 2, 0, 1], 7),  # plateaus that end
-    ((3, 32), [5.0, 5.0, 5.1, 5.0, 1.0], [0, 1, 2, 3], 0),
     ((2, 16), [5.0, 4.0, 4.5, 4.5, 4.5, 1.0], [0, 0, 1, 2, 3], 1),  # stages of one length count as one
-])  # fmt: skip
+    ((3, 32), [5.0, 5.0, 5.1, 5.0, 1.0], [0, 1, 2, 3], 0)])  # fmt: skip
 def test_early_stopping_ends_a_run_of_made_up_losses(stages, losses, bad_evals, best, tmp_path):
     """Evaluate after every step s, which gives losses[s], and stop at the third evaluation without a new best."""
     keys = {"stages": ((0, 16, 2, 1.0), (*stages, 2, 1.0)), "max_steps": 8, "eval_interval": 1, "patience": 2}
