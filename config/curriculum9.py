@@ -7,7 +7,7 @@ out_dir = "out/curriculum9"
 
 # The table is the plan's. In a small model, after 8M tokens, its lengths ended 0.28 to 0.37 nats below windows of 2,048
 # throughout, and lengths that double 0.03 lower still, both with a rate that falls linearly. With its factors it ended
-# 0.06 below 2,048 throughout after 0.6M tokens. In a smaller model, after 4M, its lengths ended 0.07 below, doubling
+# 0.06 below 2,048 throughout after 0.6M tokens. In a smaller model, after 4M, its lengths ended 0.06 below, doubling
 # 0.12, and the table with its factors and a cooldown 0.02 above, or level at twice the rate. All are far from this
 # size, and a longer warmup hid the highest factors (bench/results.md). sprint.py tries doubling and a long fall. The
 # table's first 5,000 steps reached perplexity 49 at this size, where the plan expects 1,000.
