@@ -81,7 +81,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in (OWN, "config/demo.py"):
         with open(name, "a") as file:
             file.write("\nn_layer, n_head, n_embd, max_steps, log_interval, eval_tokens = 1, 2, 32, 1, 1, 64\n")
-            file.write("stages = tuple((row[0], min(row[1], 512), *row[2:]) for row in stages)\n")
+            file.write("stages = tuple((row[0], min(row[1], 1_024), *row[2:]) for row in stages)\n")
             file.write("micro_batch_tokens = 1_024\n")
     return tmp_path
 
