@@ -273,7 +273,8 @@ def main() -> None:
             try:
                 meta = open_dataset(out).meta
             except UserError as error:
-                raise UserError(f"{error}; remove {out} first") from error
+                lost = f"; remove {out} first" * isinstance(error.__cause__, FileNotFoundError)
+                raise UserError(f"{error}{lost}") from error
             if (meta.get("source"), meta.get("options")) != (source, options):
                 raise UserError(f"{out} holds a dataset of other inputs or options: remove it or give another --out")
             return print(f"{out} already holds this dataset: same options, and inputs of the same names and sizes")

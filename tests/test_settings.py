@@ -88,7 +88,7 @@ def test_imported_keys_count_and_other_names_that_a_file_imports_or_defines_do_n
         "class Row(NamedTuple):\n    step: int\n    seq_len: int\n    batch_size: int\n    lr_scale: float\n"
         "shorter = lambda rows: [Row(step // _half, *row) for step, *row in rows]\n"
         "def double(x):\n    return 2 * x\n"
-        "stages, n_head = shorter(_nine), double(3)\n"
+        "stages = shorter(_nine)\nn_head: int = double(3)\n"
         "out_dir = os.path.join('out', Path(__file__).stem)\n")  # fmt: skip
     expected = tuple((row[0] // 2, *row[1:]) for row in curriculum9.stages)
     assert load_config([path]) == Config(stages=expected, n_head=6, out_dir="out/mine")
