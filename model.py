@@ -223,21 +223,21 @@ class GPT(nn.Module):
         return softmax_minus_one_hot_(logits.flatten(0, 1), targets.flatten()).view_as(targets), is_hit
 
 
-def fast_dtype(device: torch.device, rows: int, inner: int, columns: int) -> str:
-    """Return the fast dtype for matrix products. On a CPU, bfloat16 is 0.2 to 3 times as fast as float32, so time a
-    product of (rows, inner) by (inner, columns). On CPUs process 0 decides for all."""
+def fast_dtype(device: torch.device) -> str:
+    """Return the fast dtype for matrix products. On a CPU, bfloat16 is 0.2 to 7 times as fast as float32, so time a
+    product. On CPUs process 0 decides for all."""
     if device.type != "cpu":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     seconds = torch.zeros(2)
     for i, dtype in enumerate((torch.bfloat16, torch.float32)):
-        x, weight = torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
-        seconds[i] = min(timeit.repeat("F.linear(x, weight)", number=1, globals={"F": F, "x": x, "weight": weight}))
+        x = torch.ones(512, 512, dtype=dtype)
+        seconds[i] = min(timeit.repeat("F.linear(x, x)", number=1, globals={"F": F, "x": x}))
     if dist.is_initialized():
         dist.broadcast(seconds, 0)
     return "bfloat16" if 1.2 * seconds[0] <= seconds[1] else "float32"  # 1.2 keeps noise from changing the choice
 
 
-def on_machine(model: GPT, device="auto", dtype="auto", compile=True, products=((512, 512, 512),)) -> GPT:
+def on_machine(model: GPT, device="auto", dtype="auto", compile=True) -> GPT:
     """Move the model to a device and choose dtype and compilation for it. Raises UserError if it is not usable."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -251,7 +251,7 @@ def on_machine(model: GPT, device="auto", dtype="auto", compile=True, products=(
     is_cpu = target.type == "cpu"
     if not is_cpu and target.index is not None:
         torch.cuda.set_device(target)
-    dtype = max(fast_dtype(target, *p) for p in products) if dtype == "auto" else dtype  # float32 if any p wants it
+    dtype = fast_dtype(target) if dtype == "auto" else dtype
     if is_cpu:
         # Keep freed memory for the next step, which is then 1.1 to 1.2 times as fast, in a fifth to a third more memory
         # (bench/log.md). -4 is M_MMAP_MAX, and -1 is M_TRIM_THRESHOLD. C libraries other than glibc lack mallopt.

@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="and from the fewest that sum to this probability")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=ONE_OF["dtype"], help="auto picks a fast one")
+    parser.add_argument("--dtype", default="float32", choices=ONE_OF["dtype"], help="bfloat16 may suit many --samples")
     args = parser.parse_args()
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0:
         raise UserError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1")
@@ -128,8 +128,7 @@ def main() -> None:
         raise UserError("--max_new_tokens and --samples must be at least 1, --seed from 0 to below 2**63")
     text, encoding = read_prompt(args.prompt, args.prompt_file), gpt2_encoding()
     model = load_model(Path(args.out_dir) / "best.pt")[0]
-    products = (512, 512, 512), (1, *model.embed.weight.T.shape)  # of a prompt, and of the head for one token
-    on_machine(model, args.device, args.dtype, compile=False, products=products)
+    on_machine(model, args.device, args.dtype, compile=False)
     for weight in model.parameters():
         if weight.ndim == 2:  # convert the matrices once: autocast would convert them for each token
             weight.data = weight.data.to(model.dtype)

@@ -203,12 +203,12 @@ def test_compiling_changes_losses_and_gradients_by_rounding_alone(dtype, toleran
 def test_auto_takes_the_type_that_the_clock_finds_fast(bfloat16, taken, monkeypatch):
     def repeat(statement: str, number: int, globals: dict) -> list[float]:
         y = eval(statement, globals)
-        assert y.shape == (3, 5) and globals["x"].shape == (3, 4)
+        assert y.shape == (512, 512)
         return [7.0, 1.0 if y.dtype == torch.float32 else bfloat16]
 
     monkeypatch.setattr(timeit, "repeat", repeat)
     model = GPT(SMALL, 8)
-    assert on_machine(model, "cpu", products=[(3, 4, 5)]).dtype == getattr(torch, taken)
+    assert on_machine(model, "cpu").dtype == getattr(torch, taken)
     assert on_machine(model, "cpu", "float16").dtype == torch.float16
 
 
