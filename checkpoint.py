@@ -86,7 +86,7 @@ def load_checkpoint(path: Path) -> dict:
                 raise Damaged(f"{path} is damaged: {damaged} in it does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle and torch each raise their own
-        if one_line(error) and getattr(error, "errno", 0) not in (errno.EINVAL, errno.EIO):  # a damaged offset, disk
+        if one_line(error) and getattr(error, "errno", 0) not in (errno.EINVAL, errno.EIO):  # bad offset, bad disk
             raise  # a missing file, a lack of memory, or the Damaged above
         raise Damaged(f"{path} is damaged: {error or type(error).__name__}") from error
     expected = {"config", "step", "model", *(("progress", "log_length") if path.name != "best.pt" else ())}
@@ -130,7 +130,7 @@ class Run:
         used = [name for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl") if (self.out_dir / name).exists()]
         if used and not self.config.resume:
             raise UserError(f"{self.out_dir} holds a run ({', '.join(used)}): give --resume=True or another --out_dir")
-        if used and self.is_writer:
+        if "log.jsonl" in used and self.is_writer:
             self.lock()  # before reading: another run may still be writing its last checkpoint
         name = "last.pt" if "last.pt" in used else "prev.pt"  # a kill between two renames leaves only prev.pt
         try:

@@ -60,11 +60,11 @@ class Dataset(NamedTuple):
     train: Split
     val: Split
     token_bytes: np.ndarray  # UTF-8 bytes of each token id, for bits per byte
-    fingerprint: str  # hash of the shards' checksums: a run resumes only on the same text
+    fingerprint: str  # hash of meta.json's checksums: a run resumes only on the same text
 
 
 def open_dataset(data_dir: str | Path, max_len: int = 0) -> Dataset:
-    """Open a dataset. Raises UserError if it is damaged, or if one of its splits has no window of max_len tokens."""
+    """Open a dataset. Raises UserError if a file has a wrong size, or a split has no window of max_len tokens."""
     path, shards = Path(data_dir), {split: [] for split in SPLITS}
     try:
         meta = json.loads((path / "meta.json").read_bytes())

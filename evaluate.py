@@ -66,7 +66,7 @@ def score_windows(
 
 def evaluate(model: GPT, data: Dataset, curriculum: Curriculum, step: int, config: Config, team: Team) -> dict:
     """Score the model after `step` steps at its stage's length; return the log's fields. The training loss and the loss
-    at the table's last length use a quarter as many windows."""
+    at the table's last length use a quarter as many tokens."""
     stage, last_len = curriculum.at(max(0, step - 1)), curriculum.last_len
     shared = data.token_bytes, config.micro_batch_tokens, team
     val = score_windows(model, data.val, stage.seq_len, data.val.spread(stage.seq_len, config.eval_tokens), *shared)

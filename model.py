@@ -27,7 +27,7 @@ USE_STATIC_SHAPES = False  # saves a GPU 2.7 of 44.8 ms a step (bench/log.md); s
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A model's shape. Checkpoints store the first three; changing another silently changes what they compute."""
+    """A model's shape. Checkpoints store the first three; changing a later default breaks or alters them."""
 
     n_layer: int = 12
     n_head: int = 12
@@ -131,7 +131,7 @@ def softmax_minus_one_hot_(logits: Tensor, targets: Tensor) -> Tensor:
     log_sums = x.logsumexp(1, keepdim=True)
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     losses = log_sums.squeeze(1) - torch.where(is_target, x, 0.0).sum(1)  # torch 2.11 compiles a gather wrongly
-    logits.copy_((x - log_sums).exp_().add_(is_target, alpha=-1))  # rounded only now: a 1 - p near 0 stays exact
+    logits.copy_((x - log_sums).exp_().add_(is_target, alpha=-1))  # rounded only now: 1 - p is exact even near 0
     return losses
 
 
@@ -234,7 +234,7 @@ def fast_dtype(device: torch.device) -> str:
         seconds[i] = min(timeit.repeat("F.linear(x, x)", number=1, globals={"F": F, "x": x}))
     if dist.is_initialized():
         dist.broadcast(seconds, 0)
-    return "bfloat16" if 1.2 * seconds[0] <= seconds[1] else "float32"  # 1.2 keeps noise from changing the choice
+    return "bfloat16" if 1.2 * seconds[0] <= seconds[1] else "float32"  # near-equal types: float32
 
 
 def on_machine(model: GPT, device="auto", dtype="auto", compile=True) -> GPT:
@@ -259,9 +259,8 @@ def on_machine(model: GPT, device="auto", dtype="auto", compile=True) -> GPT:
             for option, value in ((-4, 0), (-1, -1)):
                 ctypes.CDLL("libc.so.6").mallopt(option, value)
     torch.use_deterministic_algorithms(is_cpu)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling alone would make determinism slow
+    torch.utils.deterministic.fill_uninitialized_memory = False  # this filling is slow
     torch.set_float32_matmul_precision("high")  # TF32 for float32 products on a GPU
-    # Compile layer by layer, with symbolic sizes: one graph serves all layers and stages.
     torch.compiler.set_stance("default" if compile else "force_eager")
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=target))
@@ -271,6 +270,7 @@ def on_machine(model: GPT, device="auto", dtype="auto", compile=True) -> GPT:
             raise UserError(f"{reason}; --compile=False trains without it") from error
         print(f"{reason}; continuing without it, more slowly", file=sys.stderr)
         torch.compiler.set_stance("force_eager")
+    # Compile layer by layer, with symbolic sizes: all layers and stages share a few graphs
     torch.fx.experimental._config.use_duck_shape = False  # give sizes that happen to be equal different symbols
     torch._dynamo.config.recompile_limit = 64  # a GPU may need 23 graphs; torch gives up at 8
     for layer in (*model.blocks, model.norm):

@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return matrices (N, I, O) of type dtype with the same singular vectors, and singular values from 0.7 to 1.2.
+    """Return matrices (N, O, I) of type dtype with the same singular vectors, most singular values 0.7 to 1.2.
     Takes five Newton-Schulz steps (coefficients of Jordan et al. 2024). On CPUs several processes share the work."""
     a, b, c = 3.4445, -4.7750, 2.0315
     is_shared = dist.is_initialized() and (SHARE_ON_GPU or not matrices.is_cuda)

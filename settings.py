@@ -46,7 +46,7 @@ class Config:
     # The machine: `on_machine` in model.py decides what 'auto' means
     device: str = "auto"  # 'cpu', 'cuda', 'cuda:1', ...; 'auto' is a GPU if there is one, under torchrun one each
     dtype: str = "auto"  # for matrix products: 'bfloat16', 'float16' or 'float32'; 'auto' picks a fast one
-    compile: bool = True  # torch.compile the training step; False starts at once and runs slower
+    compile: bool = True  # torch.compile layers and loss; False starts at once and runs slower
 
     # Validation, checkpoints, log; intervals in steps
     eval_interval: int = 2_000  # also before the first step, after every stage and at the end

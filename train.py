@@ -32,7 +32,7 @@ def train_step(
     model: GPT, optimizers: list[Optimizer], scaler: GradScaler, windows: ndarray, lr: float, config: Config, team: Team
 ) -> tuple[float, float]:
     """Make one update from windows (B, T + 1); return their mean loss in nats and the gradient's norm before clipping.
-    Every target weighs the same. If loss or norm is not finite, skip the update. `scaler` works only in float16."""
+    Every target weighs the same. If loss or norm is not finite, skip the update. `scaler` acts only in float16."""
     seq_len, n_targets = windows.shape[1] - 1, windows[:, 1:].size
     loss = torch.zeros((), device=model.device)
     grad = scaler.scale(torch.full_like(loss, 1 / n_targets))
@@ -93,7 +93,7 @@ def train(config: Config, team: Team) -> int:
 
     peak_flops = PEAK_FLOPS.get(torch.cuda.get_device_name(model.device)) if model.device.type == "cuda" else None
     bar = tqdm(total=config.max_steps, initial=progress.step, unit="step", disable=True if team.rank else None)
-    skipped = 0  # steps in a row without a finite loss and gradient; last.pt is not saved during them
+    skipped = 0  # steps in a row without a finite loss and gradient; only the run's end saves last.pt then
     logged_tokens, logged_seconds = curriculum.tokens_before(progress.step), progress.seconds
     while True:
         step = progress.step
