@@ -83,7 +83,7 @@ def parse_lines(lines: list[bytes], path: Path, first: int, title_in_xml: bool) 
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    open_file = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix, open)
+    open_file = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix.lower(), open)
     with naming(path), open_file(path, "rb") as file:
         while line := file.readline(MAX_LINE):
             if len(line) == MAX_LINE:
@@ -165,7 +165,7 @@ def is_cut_off(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 100))
         end = file.read()
-    if path.suffix != ".bz2":
+    if path.suffix.lower() != ".bz2":
         return b"</mediawiki>" not in end
     # bzip2 ends with 48 bits that mark the end, 32 of a checksum, and up to 7 that fill the last byte.
     return all((int.from_bytes(end) >> (32 + fill)) % (1 << 48) != 0x177245385090 for fill in range(8))
@@ -213,7 +213,7 @@ KINDS = {  # the function that cuts a file into pieces, by the file's name
 
 def kind_of(path: Path) -> str | None:
     """Return the pattern in KINDS that a file's name matches."""
-    return next((pattern for pattern in KINDS if fnmatch(path.name, pattern)), None)
+    return next((pattern for pattern in KINDS if fnmatch(path.name.lower(), pattern)), None)
 
 
 def refuse(error: OSError) -> None:
@@ -227,7 +227,7 @@ def files_in(folder: Path) -> Iterator[Path]:
         real = os.path.realpath(path)
         subfolders[:] = [] if real in seen else sorted(subfolders)
         if real not in seen:
-            yield from (file for name in names if kind_of(file := Path(path, name)) and file.is_file())
+            yield from (file for name in names if kind_of(file := Path(path, name)))
         seen.add(real)
 
 
@@ -237,9 +237,8 @@ def find_files(inputs: list[str]) -> list[Path]:
     for given in map(os.path.expanduser, inputs):
         path = Path(given)
         paths = [path] if path.exists() else [Path(match) for match in glob.glob(given, recursive=True)]
-        if path.is_dir():
-            paths = list(files_in(path))
-        if not paths:
+        paths = [file for path in paths for file in (files_in(path) if path.is_dir() else [path])]
+        if not (given and paths):
             raise UserError(f"{given}: there is no file of articles")
         found |= {file.resolve(): file for file in sorted(paths)}
     for path in found.values():

@@ -173,7 +173,7 @@ def prepare(files: list[Path], work: Path, source: list[dict], options: dict, ma
     splits, shards = {}, []
     for split, mine in zip(SPLITS, (articles[~in_val], articles[in_val])):
         if not len(mine) and (split == "train" or options["val_fraction"] > 0):
-            raise UserError(f"no article falls into {split}: give more, or another --val_fraction")
+            raise UserError(f"no article falls into {split}: give more, or change --min_tokens or --val_fraction")
         splits[split] = {"articles": len(mine), "tokens": int(mine["tokens"].sum()), "bytes": int(mine["bytes"].sum())}
         shards += write_shards(mine, split, work, options["shard_tokens"])
     np.save(work / "token_bytes.npy", token_lengths())

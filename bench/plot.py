@@ -48,7 +48,7 @@ class Run:
         """The configuration in the run's checkpoint. Raises UserError if there is none yet."""
         for path in (self.out_dir / "last.pt", self.out_dir / "best.pt"):
             if path.exists():
-                return load_checkpoint(path)["config"]
+                return (state := load_checkpoint(path))["config"] | {"shards": state["fingerprint"][:8]}
         raise UserError(f"{self.out_dir} has no last.pt or best.pt, which hold the run's configuration")
 
 
@@ -240,8 +240,8 @@ def compare(runs: list[Run]) -> None:
             rows.append([x, form(point), f"{losses[0]:.3f}", *others])
     print(f"\nLoss on held-out windows of {lengths.pop():,} tokens, in nats per token, after the same work:")
     print(format_table(["", "", names[0], *(cell for name in names[1:] for cell in (name, "difference"))], rows))
-    for key in [row[0] for row in differing if row[0] in ("data_dir", "eval_tokens")]:
-        print(f"{key} differs, so the losses may be of different windows.")
+    for key in [row[0] for row in differing if row[0] in ("shards", "eval_tokens")]:
+        print(f"The losses may be of different windows: see {key} above.")
 
 
 def main() -> None:

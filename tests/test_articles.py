@@ -55,7 +55,7 @@ def test_every_kind_gives_the_same_shards(tmp_path):
 
 def test_directories_and_globs(tmp_path):
     """A file is read once, however often it is named."""
-    given, names = make_articles(60), ["articles/AA/more.jsonl", "articles/AA/wiki_00", "x1.jsonl", "x2.jsonl"]
+    given, names = make_articles(60), ["articles/AA/more.JSONL", "articles/AA/wiki_00", "x1.jsonl", "x2.jsonl"]
     (tmp_path / "articles" / "AA").mkdir(parents=True)
     for first, name in enumerate(names):
         write_jsonl(tmp_path / name, given[first::4])
@@ -124,7 +124,8 @@ WRONG = {  # file name, content or a function of the folder that makes it, words
     "empty dump": ("a.xml.bz2", lambda at: dump(at, 0), "no article in it"),
     "nothing": ("a.jsonl", b"", "no article in it"), "none readable": ("a.jsonl", b"\n\noops\n", "a.jsonl:3: not JSON"),
     "more than a thousandth unreadable": ("a.jsonl", LINES + b"oops\n", "1 of 507 records"),
-    "no such file": ("a.jsonl", GOOD, "b.jsonl: there is no file", "b.jsonl"),
+    "no such file": ("a.jsonl", GOOD, "b.jsonl: there is no file", "b.jsonl"), "no name": ("a", GOOD, "is no file", ""),
+    "a dead link": ("a.jsonl", lambda at: (at / "dead.jsonl").symlink_to("nowhere") or GOOD, "dead.jsonl", "."),
     "only empty articles": ("a.jsonl", b'{"title": "A", "text": " "}\n', "no article falls into train"),
     "nothing for val": ("a.jsonl", GOOD, "no article falls into val", "--val_fraction", 0.00001),
     "bad fraction": ("a.jsonl", GOOD, "--val_fraction", "--val_fraction", 1),

@@ -1,6 +1,5 @@
 """bench/plot.py: curves against closed forms, the picture by its pixels, the comparison of runs, and failures."""
 
-import dataclasses
 import json
 import math
 import sys
@@ -55,7 +54,7 @@ def make_run(out_dir: Path, loss: Callable = falling, seconds: tuple = (1, 3), s
     records += [{"event": "skip", "step": steps, "loss": math.nan}, {"event": "final", "step": steps, "val_loss": 5.0}]
     out_dir.mkdir(exist_ok=True)
     (out_dir / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    save_checkpoint(out_dir / "best.pt", {"config": dataclasses.asdict(config), "step": steps, "model": {}})
+    save_checkpoint(out_dir / "best.pt", dict(config=vars(config), step=9, model={}, fingerprint=config.data_dir))
     return out_dir
 
 
@@ -126,12 +125,12 @@ def test_losses_after_the_same_tokens_flops_and_time(tmp_path):
 def test_the_keys_that_differ_and_no_others(tmp_path):
     other = ((0, 64, 4, 1.0), (10, 96, 3, 0.5), (15, 128, 1, 0.25))
     make_run(tmp_path / "a")
-    make_run(tmp_path / "b", stages=other, learning_rate=0.5, optimizer="adamw", data_dir="data/other")
+    make_run(tmp_path / "b", stages=other, learning_rate=0.5, optimizer="adamw", data_dir="x")
     output = run("a", "b").stdout
     assert [" ".join(line.split()) for line in output.split("\n\n")[1].splitlines()] == [
-        "a b", "data_dir data/wiki data/other", "learning_rate 0.0006 0.5", "optimizer muon adamw",
+        "a b", "data_dir data/wiki x", "learning_rate 0.0006 0.5", "optimizer muon adamw", "shards data/wik x",
         "stages (0, 64, 4, 1.0) (0, 64, 4, 1.0)", "(10, 128, 3, 0.5) (10, 96, 3, 0.5)", "(15, 128, 1, 0.25)"]
-    assert "data_dir differs, so the losses may be of different windows" in output
+    assert "losses may be of different windows: see shards above" in output
     same = run("a", "a").stdout
     assert "configurations are the same" in same and "different windows" not in same
     assert len(losses(same)) == 12 and all(row[2] == 0 for row in losses(same))
