@@ -159,8 +159,8 @@ def nanogpt_rate(config: Config, stage: Stage, step: int) -> float:
 
 def result_path(run: dict, args: Namespace) -> Path:
     """Return the file of a run, named by readable words and a hash of all that decides the outcome."""
-    digest = hashlib.sha256(json.dumps([run, SHARED | VARIANTS[run["variant"]]]).encode()).hexdigest()[:8]
-    words = [run["variant"], f"{run['tokens'] / 1e6:.1f}M", run["keys"]["learning_rate"], run["seed"], digest]
+    digest = hashlib.sha256(json.dumps([run, SHARED | VARIANTS[run["variant"]]], sort_keys=True).encode()).hexdigest()
+    words = [run["variant"], f"{run['tokens'] / 1e6:.1f}M", run["keys"]["learning_rate"], run["seed"], digest[:8]]
     return Path(args.results) / ("_".join(map(str, words)) + ".json")
 
 
@@ -283,7 +283,7 @@ def tables(groups: dict[tuple[str, float], dict[int, dict]]) -> str:
     return f"{machines}\n\n{format_table(header, rows)}\n\n{cuts}"
 
 
-def main() -> None:
+def main() -> int:
     parser = ArgumentParser(usage=SUPPRESS, allow_abbrev=False, description="Train and compare recipes.")
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}; by default all")
     defaults = {"data_dir": "data/corpus", "results": "bench/recipe", "tokens": 4e6, "batch_tokens": 2_048, "seeds": 2}
@@ -307,27 +307,28 @@ def main() -> None:
             for seed in range(args.seeds)]  # fmt: skip
     rates = json.loads(Path(args.rates).read_text())["tokens_per_s"] if args.rates else None
     Path(args.results).mkdir(parents=True, exist_ok=True)
-    known = [json.loads(path.read_text()).get("text") for run in runs if (path := result_path(run, args)).exists()]
-    if not args.dry and known and {*known} != {open_dataset(args.data_dir).fingerprint}:
+    plan = [(run, config_of(run, args), result_path(run, args)) for run in runs]
+    known = {json.loads(path.read_text()).get("text") for *_, path in plan if path.exists()}
+    if not args.dry and known - {open_dataset(args.data_dir).fingerprint}:
         raise UserError(f"{args.results} has results on other text than {args.data_dir}: give another --results")
-    for run in runs:
-        path = result_path(run, args)
+    for run, config, path in plan:
         if not args.dry and not path.exists():
             process = get_context("spawn").Process(target=train_run, args=(run, args))
             process.start()
             process.join()
             if not 0 <= process.exitcode <= 2:  # stopped or killed; a run that failed is left to the next call
                 sys.exit(process.exitcode)
-        log = Path(config_of(run, args).out_dir) / "log.jsonl"
+        log = Path(config.out_dir) / "log.jsonl"
         evals = [record for record in read_log(log.parent) if record["event"] == "eval"] if log.exists() else []
         so_far = "loss {last_len_loss:.3f} after {step:,} steps, {time_s:,.0f} s".format(**evals[-1]) if evals else ""
         print(f"{path.stem}: {'done' if path.exists() else so_far or 'to do'}", flush=True)
-    if groups := grouped([read_result(path, rates) for run in runs if (path := result_path(run, args)).exists()]):
+    if groups := grouped([read_result(path, rates) for *_, path in plan if path.exists()]):
         print("\n" + tables(groups))
         if args.picture:
             draw(groups, args.picture)
+    return 0 if args.dry or all(path.exists() for *_, path in plan) else 2
 
 
 if __name__ == "__main__":
     with user_errors():
-        main()
+        sys.exit(main())
