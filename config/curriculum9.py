@@ -8,8 +8,8 @@ out_dir = "out/curriculum9"
 # The table is the plan's. In a small model, after 8M tokens, its lengths ended 0.28 to 0.37 nats below windows of 2,048
 # throughout, and lengths that double 0.03 lower still, both with a rate that falls linearly. With its factors it ended
 # 0.06 below 2,048 throughout after 0.6M tokens. In a smaller model, after 4M, its lengths ended 0.06 below, doubling
-# 0.12, and the table with its factors and a cooldown 0.02 above, or at twice the others' rate 0.00. All are far from
-# this size, and a longer warmup hid the highest factors (bench/results.md). sprint.py tries doubling and a long fall.
+# 0.12, and the table with its factors and a cooldown 0.02 to 0.08 above, by learning rate. All are far from this size,
+# and a longer warmup hid the highest factors (bench/results.md). sprint.py tries doubling and a long fall.
 # The table's first 5,000 steps reached perplexity 49 at this size, on a tenth of the text. The plan expects 1,000.
 #
 # from step, seq_len, batch_size, lr_scale; a batch is as many windows as fit in 16,384 tokens
