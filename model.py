@@ -224,8 +224,8 @@ class GPT(nn.Module):
 
 
 def fast_dtype(device: torch.device) -> str:
-    """Return the fast dtype for matrix products. On a CPU, bfloat16 is 0.2 to 7 times as fast as float32, so time a
-    product. On CPUs process 0 decides for all."""
+    """Return the fast dtype for matrix products. On a CPU, bfloat16 may be several times as fast as float32 or much
+    slower, so time a product. On CPUs process 0 decides for all."""
     if device.type != "cpu":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     seconds = torch.zeros(2)

@@ -29,7 +29,7 @@ class Team:
         self.stops = torch.zeros(1)  # how many processes had received a stop signal at the last sum
 
     def watch_signals(self) -> None:
-        """Note stop signals from now on. The same again kills, except under torchrun, which sends them twice."""
+        """Note stop signals from now on. The same signal again kills, except under torchrun, which sends them twice."""
 
         def note(number: int, frame: object) -> None:
             self.seen = number
@@ -86,7 +86,7 @@ def join_team(memory_advice: str = "this machine has too little") -> Iterator[Te
     try:
         # In torchrun's own store, restarted workers may find their predecessors' addresses and hang (pytorch 135712)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-            raise UserError("restarts may hang: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, --rdzv_backend=c10d")
+            raise UserError("restarts may hang: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, give --rdzv_backend=c10d")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if rank != 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # only process 0 prints

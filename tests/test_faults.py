@@ -191,10 +191,10 @@ def test_two_damaged_checkpoints_one_of_another_version_or_none_end_with_status_
     done = run_train(halfway)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and "last.pt is not a checkpoint of this version" in line
-    for left in (["best.pt", "log.jsonl"], ["best.pt"], ["log.jsonl"]):
-        _ = [path.unlink() for path in halfway.iterdir()], [(halfway / name).write_bytes(before[name]) for name in left]
-        done, kept = run_train(halfway), {name: before[name] for name in left}
-        assert done.returncode == 2 and f"has {' and '.join(left)} but no" in done.stderr and files(halfway) == kept
+    for left in ("best.pt and log.jsonl", "best.pt", "log.jsonl"):
+        kept, _ = {name: before[name] for name in left.split(" and ")}, [path.unlink() for path in halfway.iterdir()]
+        _, done = [(halfway / name).write_bytes(kept[name]) for name in kept], run_train(halfway)
+        assert done.returncode == 2 and f"has {left} but no last.pt" in done.stderr and files(halfway) == kept
 
 
 def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path, monkeypatch):
