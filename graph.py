@@ -1,19 +1,20 @@
 """Compute a step's gradients with a CUDA graph: one launch instead of 900. train_step works without the graph.
 
-Off until tests/test_gpu.py passes with it. It saved 2.8 ms of a 47.6 ms step, and 6 with AdamW (bench/log.md).
+It saved 2.8 ms of a 47.6 ms step, and 6 with AdamW (bench/log.md). Under torchrun it has not been tried.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model import GPT
 
-USE_CUDA_GRAPH = False  # on a GPU it was seen right in float32, and in bfloat16 for one shape
+USE_CUDA_GRAPH = True
 
 
 def gradient_function(model: GPT, parts: int):
-    """Return model.add_gradients, or its GradientGraph if USE_CUDA_GRAPH and the step is one micro-batch on a GPU."""
-    if not USE_CUDA_GRAPH or model.device.type != "cuda" or parts != 1:
+    """Return model.add_gradients, or its GradientGraph if the step is one micro-batch on one GPU."""
+    if not USE_CUDA_GRAPH or model.device.type != "cuda" or parts != 1 or dist.is_initialized():
         model.graph = None  # free the memory of a former stage's graph
         return model.add_gradients
     if getattr(model, "graph", None) is None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from settings import UserError
 
-USE_STATIC_SHAPES = False  # saves a GPU 2.7 of 44.8 ms a step (bench/log.md); seen there for one shape
+USE_STATIC_SHAPES = False  # saves a GPU 2.7 of 44.8 ms a step (bench/log.md); seen there for two shapes
 
 
 @dataclass(frozen=True)
