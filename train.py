@@ -102,6 +102,7 @@ def train(config: Config, team: Team) -> int:
         just_evaluated = is_best = False
         eval_due = step % config.eval_interval == 0 or step in curriculum.ends
         if eval_due and not team.stopping and (progress.evaluated != step or progress.best_len == 0):
+            model.graph = None  # free its memory for the evaluation; the next steps capture another
             scores = evaluate(model, data, curriculum, step, config, team)
             is_best = progress.record(scores["seq_len"], scores["val_loss"])
             record = {"step": step, **scores, "is_best": is_best, "bad_evals": progress.bad_evals}
@@ -121,8 +122,7 @@ def train(config: Config, team: Team) -> int:
             break
 
         # One step; its windows depend only on the seed and the step
-        started = time.perf_counter()
-        stage = curriculum.at(step)
+        started, stage = time.perf_counter(), curriculum.at(step)
         lr = learning_rate(config, stage, step)
         windows = data.train.random_windows(stage.seq_len, stage.batch_size, config.seed, step)
         loss, grad_norm = train_step(model, optimizers, scaler, windows, lr, config, team)
