@@ -1,6 +1,6 @@
 """Compute a step's gradients with a CUDA graph: one launch instead of 900. train_step works without the graph.
 
-On GPUs it saved 2.8 of 47.6 ms a step, and 6 with AdamW (bench/log.md). Under torchrun it is off.
+On GPUs it saved 2.8 of 47.6 ms a step, and 6 with AdamW (bench/log.md). Under torchrun, not tried yet, it is off.
 """
 
 import torch

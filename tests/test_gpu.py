@@ -26,11 +26,10 @@ DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def steps_of_all_stages(device: str, dtype: str, compile: bool, micro_batch_tokens: int, times: int) -> list[tuple]:
+def steps_of_all_stages(device: str, dtype: str, compile: bool, tokens: int, times: int) -> list[tuple]:
     """Make one step of each stage of curriculum9 `times` times with a small model; return each loss with its gradients.
     The second time records a CUDA graph, and the third replays it."""
-    arguments = ["--grad_clip=0", f"--micro_batch_tokens={micro_batch_tokens}"]
-    config = load_config([str(ROOT / "config" / "curriculum9.py"), *arguments])
+    config = load_config([f"{ROOT}/config/curriculum9.py", "--grad_clip=0", f"--micro_batch_tokens={tokens}"])
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128), 2048)
     model.init_weights(0)
     on_machine(model, device, dtype, compile)
@@ -47,7 +46,7 @@ def steps_of_all_stages(device: str, dtype: str, compile: bool, micro_batch_toke
 
 @pytest.fixture(scope="module")
 def cpu_steps() -> list[tuple]:
-    return steps_of_all_stages("cpu", "float32", compile=False, micro_batch_tokens=2_048, times=1)
+    return steps_of_all_stages("cpu", "float32", compile=False, tokens=2_048, times=1)
 
 
 @pytest.mark.parametrize("use_graph, static_shapes", [(False, False), (True, False), (True, True)])
