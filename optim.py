@@ -51,7 +51,6 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Return matrices (N, O, I) of type dtype with the same singular vectors, most singular values 0.7 to 1.2.
     Takes five Newton-Schulz steps (coefficients of Jordan et al. 2024). On CPUs several processes share the work."""
-    a, b, c = 3.4445, -4.7750, 2.0315
     is_shared = dist.is_initialized() and (SHARE_ON_GPU or not matrices.is_cuda)
     rank, count = (dist.get_rank(), dist.get_world_size()) if is_shared else (0, 1)
     share = slice(len(matrices) * rank // count, len(matrices) * (rank + 1) // count)
@@ -60,7 +59,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     x = (x.mT if is_tall else x).to(dtype, memory_format=torch.contiguous_format)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     updates = torch.zeros_like(matrices, dtype=dtype)
     updates[share] = x.mT if is_tall else x
     if is_shared:

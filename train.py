@@ -63,6 +63,7 @@ def set_up(config: Config, curriculum: Curriculum, run: Run) -> tuple[GPT, list,
     dtype = state["config"]["dtype"] if state and config.dtype == "auto" else config.dtype
     on_machine(model, config.device, dtype, config.compile)
     run.config = dataclasses.replace(config, dtype=str(model.dtype).removeprefix("torch."))
+    print(f"{model.config.n_params / 1e6:,.1f}M parameters on {model.device} in {run.config.dtype}")
     optimizers = make_optimizers(model, config)
     scaler = GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     if state is None:

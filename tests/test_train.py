@@ -178,7 +178,7 @@ def test_a_run_resumed_with_dtype_auto_keeps_its_type_and_another_is_announced(t
         done = run_train(tmp_path, fault=fast, max_steps=max_steps, dtype=dtype, eval_tokens=64)
         said.append("in float32; --dtype=float16 would continue exactly" in done.stdout)
         kept = load_checkpoint(tmp_path / "last.pt")["config"]["dtype"]
-        assert kept == ("float16" if max_steps < 4 else "float32"), done.stderr
+        assert kept == ("float16" if max_steps < 4 else "float32") and f"cpu in {kept}\n" in done.stdout, done.stderr
     assert said == [False, False, True, False]
 
 
