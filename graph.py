@@ -3,6 +3,8 @@
 On GPUs it saved 2.8 of 47.6 ms a step, and 6 with AdamW (bench/log.md). Under torchrun, not tried yet, it is off.
 """
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,6 +35,7 @@ class GradientGraph:
             self.shape, self.graph, self.loss, self.grads = windows.shape, None, None, None
             return self.model.add_gradients(windows, scale)
         if self.graph is None:
+            gc.collect()  # what Python frees during the recording, such as a kernel, could break it
             self.windows, self.scale, self.graph = windows.clone(), scale.clone(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):  # gradients are None after a step: the graph makes its own
                 self.loss = self.model.add_gradients(self.windows, self.scale)

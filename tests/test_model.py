@@ -35,8 +35,7 @@ def random_tokens(config: GPTConfig, *shape: int) -> torch.Tensor:
 def assert_near(ours, theirs, tolerance: float) -> None:
     """Assert that the two differ by no more than `tolerance` times the largest of theirs."""
     ours, theirs = (np.asarray(x.detach() if torch.is_tensor(x) else x, np.float64) for x in (ours, theirs))
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+    assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("config, B, T", [(SMALL, 3, 97), (SMALL, 1, 3), (ODD, 1, 2049), (WIDE, 2, 97)])

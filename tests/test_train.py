@@ -122,7 +122,7 @@ def test_steps_by_graph_are_the_plain_steps_to_the_bit(dtype, monkeypatch):
         graph = GradientGraph(model)
         if use_graph:
             monkeypatch.setattr(train, "gradient_function", lambda *_, graph=graph: graph)
-        config, scaler = Config(**SMALL), torch.amp.GradScaler("cpu", enabled=dtype == "float16")
+        config, scaler = Config(**SMALL), torch.GradScaler("cpu", 16.0, growth_interval=1, enabled=dtype == "float16")
         optimizers, random, results = make_optimizers(model, config), np.random.default_rng(1), []
         for batch_size, seq_len in [(4, 16)] * 4 + [(2, 32)] * 3 + [(4, 16)] * 3:
             windows = random.integers(500, size=(batch_size, seq_len + 1))
