@@ -73,8 +73,7 @@ def small_dir(sample_dir, tmp_path_factory) -> Path:
 
 def run_program(*args: object, **kwargs: object) -> subprocess.CompletedProcess:
     """Run `python ARGS...` in the repository's folder; return the finished process with its output as text."""
-    command = [sys.executable, *map(str, args)]
-    kwargs = {"cwd": ROOT} | kwargs
+    command, kwargs = [sys.executable, *map(str, args)], {"cwd": ROOT} | kwargs
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **kwargs)
 
 

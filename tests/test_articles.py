@@ -63,7 +63,7 @@ def test_directories_and_globs(tmp_path):
     (tmp_path / "articles" / "AA").rename(tmp_path / "elsewhere")
     (tmp_path / "articles" / "AA").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "articles")  # a cycle
-    meta = prepare(tmp_path / "out", *(tmp_path / name for name in ("articles", "x?.jsonl", names[2], names[1])))
+    meta = prepare(tmp_path / "out", *(tmp_path / name for name in ("articles", "**/x?.jsonl", names[2], names[1])))
     assert [source["file"] for source in meta["source"]] == [Path(name).name for name in names]
     assert meta["left_out"] == {}
     holds(tmp_path / "out", given)
@@ -120,7 +120,8 @@ WRONG = {  # file name, content or a function of the folder that makes it, words
     "Latin-1 text": ("a.txt", "Café".encode("latin-1"), "1 of 1 records are unreadable (see --max_skipped)"),
     "title not UTF-8": (os.fsdecode(b"caf\xe9.txt"), b"text", "not UTF-8"),
     "an endless line": ("a.jsonl", lambda at: GOOD + bytes(1 << 28), "a line of 268,435,456 bytes or more"),
-    "dump cut off": ("a.xml.bz2", lambda at: cut(dump(at, 2000)), "cut off"),
+    "dump cut off": ("a.xml.bz2", lambda at: cut(dump(at, 2000)), "cut off"), "cut XML": ("a.xml", GOOD, "cut off"),
+    "dump flipped": ("a.xml.bz2", lambda at: flip(dump(at, 1)), "wikiextractor failed"),
     "empty dump": ("a.xml.bz2", lambda at: dump(at, 0), "no article in it"),
     "nothing": ("a.jsonl", b"", "no article in it"), "none readable": ("a.jsonl", b"\n\noops\n", "a.jsonl:3: not JSON"),
     "more than a thousandth unreadable": ("a.jsonl", LINES + b"oops\n", "1 of 507 records"),

@@ -44,8 +44,7 @@ def test_a_breakdown_gives_every_product_to_its_part(a_step):
         seconds[breakdown.part_of(event)] += event.self_cpu_time_total
     m, tokens = machine[0].config, windows[:, 1:].size
     head = 6 * m.vocab_size * m.n_embd * tokens
-    assert flops["head's products"] == head
-    assert flops["products"] == 6 * m.n_matmul * tokens - head
+    assert flops["head's products"] == head and flops["products"] == 6 * m.n_matmul * tokens - head
     assert flops["muon"] >= breakdown.muon_flops(m)  # the profiler counts additions, too
     assert min(seconds.values()) > 0 and seconds.keys() == {"products", "head's products", "loss", "attention", "muon",
                                                             "adamw", "the rest"}  # fmt: skip

@@ -27,8 +27,7 @@ def assert_uniform(draws: list, cells: int) -> None:
     """Assert that Pearson's chi-square is within 4 standard deviations of its mean: too even is not random, either."""
     counts, expected = Counter(draws).values(), len(draws) / cells
     statistic = sum((count - expected) ** 2 / expected for count in counts) + (cells - len(counts)) * expected
-    assert expected >= 5
-    assert abs(statistic - (cells - 1)) <= 4 * math.sqrt(2 * (cells - 1))
+    assert expected >= 5 and abs(statistic - (cells - 1)) <= 4 * math.sqrt(2 * (cells - 1))
 
 
 @pytest.mark.parametrize("seq_len", [1, 5, 17, 63])
@@ -36,9 +35,8 @@ def test_random_windows_are_uniform_over_all_starts_and_stay_in_their_shard(seq_
     split = make_split(LENGTHS)
     starts = {1_000 * i + s for i, n in enumerate(LENGTHS) for s in range(n) if s + seq_len <= n - 1}
     windows = np.concatenate([split.random_windows(seq_len, 50, 1337, step) for step in range(400)])
-    assert windows.shape == (20_000, seq_len + 1)
+    assert windows.shape == (20_000, seq_len + 1) and set(windows[:, 0].tolist()) == starts
     assert (np.diff(windows, axis=1) == 1).all()  # contiguous: within one shard
-    assert set(windows[:, 0].tolist()) == starts
     assert_uniform(windows[:, 0].tolist(), len(starts))
 
 
@@ -56,8 +54,7 @@ def test_random_windows_are_uniform_and_independent_over_steps_over_seeds_and_in
 def test_random_windows_are_a_function_of_seed_and_step_alone():
     split, keys = make_split(LENGTHS), list(itertools.product((0, 1, 1337, 2**31), (0, 1, 2, 99_999)))
     first, again = ([split.random_windows(5, 64, *key).tolist() for key in order] for order in (keys, keys[::-1]))
-    assert again[::-1] == first
-    assert all(a != b for a, b in itertools.combinations(first, 2))
+    assert again[::-1] == first and all(a != b for a, b in itertools.combinations(first, 2))
 
 
 @pytest.mark.parametrize("seq_len", [1, 4, 5, 17, 30, 63])
@@ -65,8 +62,7 @@ def test_fixed_windows_tile_each_shard(seq_len):
     """Windows overlap by one token, so each target is scored once, except a shard's last few."""
     split = make_split(LENGTHS)
     starts = [1_000 * i + start for i, n in enumerate(LENGTHS) for start in range(0, n - seq_len, seq_len)]
-    tiling = [list(range(start, start + seq_len + 1)) for start in starts]
-    numbers = split.spread(seq_len)
+    tiling, numbers = [list(range(start, start + seq_len + 1)) for start in starts], split.spread(seq_len)
     assert split.fixed_windows(seq_len, numbers).tolist() == tiling
     assert split.fixed_windows(seq_len, numbers[::-1]).tolist() == tiling[::-1]  # a window depends on its number only
 

@@ -15,7 +15,7 @@ from test_sample import train_run, wild_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, pipeline
 
 import export
-from data import ENDOFTEXT, VOCAB_SIZE
+from data import ENDOFTEXT, VOCAB_SIZE, open_dataset
 from model import GPTConfig
 from packages import gpt2_encoding
 
@@ -123,7 +123,8 @@ def test_a_pipeline_continues_as_sample_does(run_dir, hf_dir):
     generator = pipeline("text-generation", str(hf_dir))
     theirs = generator(prompts, do_sample=False, max_new_tokens=40, batch_size=2)
     assert made == [text["generated_text"] + "\n" for (text,) in theirs]
-    assert generator.model.generation_config.temperature == 0.8 and generator.model.generation_config.do_sample
+    config = generator.model.generation_config
+    assert (config.do_sample, config.temperature, config.top_k, config.eos_token_id) == (True, 0.8, 200, ENDOFTEXT)
 
 
 def test_the_card_shows_curriculum_data_validation_and_licence(hf_dir, run_dir, small_dir):
@@ -162,6 +163,8 @@ def test_a_failed_export_is_one_line_and_status_2(run_dir, tmp_path, monkeypatch
 def test_an_export_whose_logits_differ_is_an_error(run_dir, tmp_path, monkeypatch):
     swapped = {"gate_proj": "other", "up_proj": "gate_proj", "other": "up_proj"}
     monkeypatch.setattr(export, "QWEN3_NAMES", export.QWEN3_NAMES | swapped)
+    monkeypatch.setattr(export, "read_log", lambda path: [*read_log(path), {"event": "eval", "step": 13}])  # no best
+    monkeypatch.setattr(export, "open_dataset", lambda _: open_dataset("nowhere"))
     monkeypatch.setattr(sys, "argv", ["export.py", str(run_dir), "--to", str(tmp_path / "hf")])
     with pytest.raises(AssertionError, match="logits differ"):
         export.main()

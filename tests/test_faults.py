@@ -14,7 +14,7 @@ from signal import SIGKILL, SIGTERM
 import numpy as np
 import pytest
 import torch
-from children import VOCAB_SIZE, folder, run_train, write_learnable
+from children import VOCAB_SIZE, fill_disk, folder, run_train, write_learnable
 from conftest import FEW, assert_same_run, read_log, release_logs
 
 from checkpoint import Run, load_checkpoint, save_checkpoint
@@ -33,7 +33,7 @@ def unbroken(tmp_path_factory):
 def started(tmp_path_factory):
     """Return the out_dir of a run killed in step 13. Its prev.pt is from step 10, its last.pt from step 12."""
     out_dir = tmp_path_factory.mktemp("started") / "run"
-    assert run_train(out_dir, fault="signal_in_step(13, SIGKILL)").returncode == -SIGKILL
+    assert run_train(out_dir, fault="signal_in_step(13, SIGKILL)", resume=False).returncode == -SIGKILL
     return out_dir
 
 
@@ -64,20 +64,19 @@ def test_a_run_killed_between_an_evaluation_and_its_checkpoint_makes_both_again(
     assert run_train(out_dir, fault=f"when_saving({name!r}, (16,), die)").returncode == -SIGKILL
     last = read_log(out_dir)[-1]
     assert (last["event"], last["step"]) == ("eval", 16) and load_checkpoint(out_dir / "last.pt")["step"] == 15
-    assert load_checkpoint(out_dir / "best.pt")["step"] == best
-    assert run_train(out_dir).returncode == 0
+    assert load_checkpoint(out_dir / "best.pt")["step"] == best and run_train(out_dir).returncode == 0
     assert_same_run(out_dir, unbroken)
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("place, step", [("step", 13), ("evaluation", 16)])
-def test_a_stop_signal_lets_the_step_or_evaluation_end_and_saves(number, place, step, tmp_path, unbroken):
+@pytest.mark.parametrize("place, step, last", [("step", 15, "train"), ("evaluation", 16, "eval")])
+def test_a_stop_signal_lets_the_step_or_evaluation_end_and_saves(number, place, step, last, tmp_path, unbroken):
     done = run_train(tmp_path, fault=f"signal_in_{place}({step}, {number})")
     step += place == "step"
     assert done.returncode == 128 + getattr(signal, number)
     assert f"stopped by {number} after step {step}" in done.stdout and done.stderr == ""
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == read_log(tmp_path)[-1]["step"] == step
-    assert run_train(tmp_path).returncode == 0
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == step and (record := read_log(tmp_path)[-1])["step"] == step
+    assert record["event"] == last and run_train(tmp_path).returncode == 0
     assert_same_run(tmp_path, unbroken)
     assert (times := [record["time_s"] for record in read_log(tmp_path)]) == sorted(times)  # the clock continues
 
@@ -91,8 +90,7 @@ def test_nohup_keeps_a_run_from_sighup_and_a_second_signal_kills_it(halfway, unb
 
 def test_an_extended_run_equals_one_long_from_the_start_and_a_finished_one_stays(unbroken, tmp_path):
     for max_steps in (10, 20, 30, 30):
-        assert run_train(tmp_path, max_steps=max_steps).returncode == 0
-        assert read_log(tmp_path)[-1]["event"] == "final"
+        assert run_train(tmp_path, max_steps=max_steps).returncode == 0 and read_log(tmp_path)[-1]["event"] == "final"
     assert_same_run(tmp_path, unbroken)
 
 
@@ -100,7 +98,7 @@ def test_some_keys_may_change_on_resume_and_the_same_shards_may_be_elsewhere(hal
     keys = {"max_steps": 16, "cooldown_steps": 2, "patience": 3, "plan_ppl": ((1, 9.0),), "phases": (("a", 9),)}
     keys |= {"eval_interval": 5, "checkpoint_interval": 7, "log_interval": 2, "micro_batch_tokens": 64}
     shutil.copytree(folder() / "data", tmp_path / "elsewhere")
-    done = run_train(halfway, data_dir=tmp_path / "elsewhere", **keys)
+    done = run_train(halfway, data_dir=tmp_path / "elsewhere", device="cpu:0", **keys)
     assert done.returncode == 0 and "resuming from step 12" in done.stdout, done.stderr
     evals = [record["step"] for record in read_log(halfway) if record["event"] == "eval"]
     assert evals == [0, 8, 10, 15, 16]
@@ -120,8 +118,9 @@ def test_another_run_is_refused_in_one_line_that_names_what_differs(halfway, tmp
     with open(halfway / "log.jsonl") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = run_train(halfway)
-    assert done.returncode == 2 and "another run is writing" in done.stderr
-    assert files(halfway) == before
+    assert done.returncode == 2 and "another run is writing" in done.stderr and files(halfway) == before
+    os.truncate(halfway / "log.jsonl", 99)
+    assert "restore it" in run_train(halfway).stderr and (halfway / "log.jsonl").stat().st_size == 99
 
 
 def test_checkpoints_that_a_full_disk_refuses_cost_only_the_steps_since_the_last_one(halfway, unbroken):
@@ -150,8 +149,7 @@ def test_a_refused_best_costs_no_checkpoint_and_is_written_by_the_next_evaluatio
     fault = f"when_saving('best.pt', {steps}, fill_disk); signal_in_step({killed}, SIGKILL)"
     assert run_train(tmp_path, fault=fault).returncode == (2 if killed == 99 else -SIGKILL)
     assert load_checkpoint(tmp_path / "last.pt")["step"] == (30 if killed == 99 else 12)
-    assert run_train(tmp_path, max_steps=best).returncode == 0
-    assert load_checkpoint(tmp_path / "best.pt")["step"] == best
+    assert run_train(tmp_path, max_steps=best).returncode == 0 and load_checkpoint(tmp_path / "best.pt")["step"] == best
 
 
 @pytest.mark.parametrize("fault, status, saved", [
@@ -199,7 +197,9 @@ def test_two_damaged_checkpoints_one_of_another_version_or_none_end_with_status_
 
 def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path, monkeypatch):
     path, chance, weight = tmp_path / "best.pt", np.random.default_rng(0), torch.arange(300.0)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")  # as if saved on a GPU
     save_checkpoint(path, {"config": {}, "step": 3, "model": {"weight": weight}})
+    assert load_checkpoint(path)["model"]["weight"].equal(weight)
     data, contents = path.read_bytes(), []
     for place in [*chance.integers(len(data), size=300), *range(len(data) - 99, len(data))]:  # and all of the end
         contents.append(data[:place] + bytes([data[place] ^ 1 << chance.integers(8)]) + data[place + 1 :])
@@ -219,6 +219,7 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tmp_path, monk
 
 def test_log_and_checkpoint_are_on_the_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
     calls, run = [], Run(Config(out_dir=str(tmp_path / "run")), "text", Team())
+    monkeypatch.setattr(fcntl, "flock", lambda *_: fill_disk())  # as on a network file system without locks
     run.start()
     monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.readlink(f"/proc/self/fd/{file}").rpartition("/")[2]))
     monkeypatch.setattr(Path, "replace", lambda path, to: calls.append(f"> {to.name}") or os.rename(path, to))

@@ -105,8 +105,7 @@ with parallel.join_team("no advice") as team:
 def test_a_run_killed_by_sigkill_resumes_to_the_same_losses(unbroken, tmp_path):
     arguments = [str(unbroken / "gpu.py"), f"--out_dir={tmp_path}"]
     assert run_program("-c", KILLED, *arguments).returncode == -signal.SIGKILL
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == 16
-    assert train(load_config(arguments), Team()) == 0
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 16 and train(load_config(arguments), Team()) == 0
     assert_same_losses(tmp_path, unbroken, LOSSES, 1e-3)
 
 

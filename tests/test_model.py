@@ -104,8 +104,7 @@ def test_logits_losses_and_hits_are_near_those_of_float64(dtype, each, mean):
     exact = np.stack([plain_forward(row, model) for row in windows[:, :-1]])
     expected = -np.log(np.take_along_axis(softmax(exact), targets[:, :, None], 2)[:, :, 0])
     logits, (losses, hits) = model(windows[:, :-1]), model.score(windows)
-    assert logits.dtype == dtype and hits.sum() > 60
-    assert hits.tolist() == (exact.argmax(-1) == targets).tolist()
+    assert logits.dtype == dtype and hits.sum() > 60 and (hits.numpy() == (exact.argmax(-1) == targets)).all()
     assert_near(logits.float(), exact, each)
     assert_near(losses, expected, each)
     assert losses.double().mean().item() == pytest.approx(expected.mean(), rel=mean)
@@ -169,8 +168,7 @@ def test_cross_entropy_is_about_as_near_to_float64_as_torchs_own(dtype, stance):
     weight = torch.randn(5000, 32, generator=generator).to(dtype).float()
     targets = torch.randint(5000, (200,), generator=generator)
     for scale, n_sure in ((0.1, 0), (1.0, 0), (20.0, 0), (1.0, 100), (1.0, 200)):
-        x = (scale * torch.randn(200, 32, generator=generator)).to(dtype)
-        toward = weight[targets[:n_sure]]
+        x, toward = (scale * torch.randn(200, 32, generator=generator)).to(dtype), weight[targets[:n_sure]]
         x[:n_sure] = 18 * toward / toward.square().sum(1, keepdim=True)  # gives their targets the logit 18
         expected = loss_and_gradients(torchs_own, x.double(), weight.double(), targets)
         ours = loss_and_gradients(CrossEntropy.apply, x, weight, targets)
@@ -201,11 +199,12 @@ def test_compiling_changes_losses_and_gradients_by_rounding_alone(dtype, toleran
 @pytest.mark.parametrize("bfloat16, taken", [(0.5, "bfloat16"), (0.83, "bfloat16"), (0.84, "float32"), (2, "float32")])
 def test_auto_takes_the_type_that_the_clock_finds_fast(bfloat16, taken, monkeypatch):
     def repeat(statement: str, number: int, globals: dict) -> list[float]:
-        y = eval(statement, globals)
-        assert y.shape == (512, 512)
-        return [7.0, 1.0 if y.dtype == torch.float32 else bfloat16]
+        assert (y := eval(statement, globals)).shape == (512, 512)
+        return [7.0, 1.0 if y.dtype == torch.float32 else 2 * bfloat16]
 
     monkeypatch.setattr(timeit, "repeat", repeat)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.broadcast", lambda seconds, _: seconds[0].div_(2))  # process 0's own clock
     model = GPT(SMALL, 8)
     assert on_machine(model, "cpu").dtype == getattr(torch, taken)
     assert on_machine(model, "cpu", "float16").dtype == torch.float16

@@ -81,8 +81,7 @@ def test_curves_stages_and_axes_also_after_the_last_training_record(tmp_path, x,
     log.write_text("".join(json.dumps(record) + "\n" for record in kept) + '{"event": "tr')  # a half-written record
     plot.draw([plot.read_run(tmp_path / "a")], x, tmp_path / "a.png")
     loss, *_, perplexity = plt.gcf().axes
-    curves = {line.get_label(): line for line in loss.lines}
-    steps = np.array([0, 7, 10, 12, 20])
+    curves, steps = {line.get_label(): line for line in loss.lines}, np.array([0, 7, 10, 12, 20])
     expected = falling(in_stages(steps, FIRST, SECOND))
     for name, values in (
         ("validation, stage's length", expected - 0.5), ("validation, last length", expected),
@@ -148,5 +147,4 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, args, words):
     if "pip" in words:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run(*args.split())
-    assert done.returncode == 2 and losses(done.stdout) == []
-    assert done.stderr.count("\n") == 1 and words in done.stderr
+    assert done.returncode == 2 and losses(done.stdout) == [] and done.stderr.count("\n") == 1 and words in done.stderr

@@ -95,7 +95,9 @@ def prepare(out: Path, *args, **kwargs) -> dict:
     """Run the program, which must succeed, and return meta.json."""
     done = run(*args, "--out", out, **kwargs)
     assert done.returncode == 0, done.stderr
-    return json.loads((out / "meta.json").read_text())
+    meta = json.loads((out / "meta.json").read_text())
+    assert "train: {articles:,} articles, {tokens:,} tokens\n".format(**meta["splits"]["train"]) in done.stdout
+    return meta
 
 
 def fails(done: subprocess.CompletedProcess, *messages: str, out: Path | None = None) -> None:
@@ -222,16 +224,14 @@ def test_fuzz(tmp_path, seed):
     left_out |= {"too short": len(unique) - len(long), "not drawn": len(long) - len(drawn)}
     assert meta["left_out"] == {reason: number for reason, number in left_out.items() if number}
     assert meta["skipped"].get("without a title and a text", 0) == len(given) - len(readable)
-    assert meta["records"] == len(given) and len(drawn) > 20
-    assert run("--verify", tmp_path / "out").returncode == 0
+    assert meta["records"] == len(given) and len(drawn) > 20 and run("--verify", tmp_path / "out").returncode == 0
 
 
 def test_sample(tmp_path):
     """The sample is 105 long articles out of a dump and 10,033 leads; 46 titles are in both."""
     pytest.importorskip("wikiextractor")
     summaries = prepare(tmp_path, "--sample")["source"][1]["file"]
-    leads = json.loads((packages.CACHE / summaries).read_text()).items()
-    articles = set(read_articles(tmp_path))
+    leads, articles = json.loads((packages.CACHE / summaries).read_text()).items(), set(read_articles(tmp_path))
     long = articles - {f"{title}\n\n{lead['extract']}" for title, lead in leads}
     assert len(long) == 105 and len(articles) == 105 + 10_033
     assert not any(markup in article for article in long for markup in ("&amp;", "[[", "'''"))
@@ -271,7 +271,7 @@ def test_a_dataset_is_reused_or_refused_but_never_lost(tmp_path):
     prepare(out, source)
     before = contents(out)
     assert set(before) == {"notes.txt", "meta.json", "token_bytes.npy", "train_00000.bin", "val_00000.bin"}
-    assert "already" in run(source, "--out", out).stdout
+    assert "already" in run(source, "--out", out, "--val_fraction", 0.05).stdout  # the default
     fails(run(source, "--out", out, "--val_fraction", 0.1), "other inputs or options")
     with source.open("a") as file:
         file.write('{"title": "A", "text": "b"}\n')
@@ -286,8 +286,7 @@ def test_neither_kills_nor_workers_change_a_byte(tmp_path):
     pytest.importorskip("wikiextractor")
     pages = [page(f"Page {i}", "No play makes [[Jack]] dull. " * 50) for i in range(150)]
     sources = write_jsonl(tmp_path / "in.jsonl", make_articles(500)), write_dump(tmp_path / "in.xml.bz2", pages)
-    options = [*sources, "--shard_tokens", 20_000]
-    started = time.monotonic()
+    options, started = [*sources, "--shard_tokens", 20_000], time.monotonic()
     prepare(tmp_path / "unbroken", *options, "--workers", 1)  # each file in one piece
     unbroken_s = time.monotonic() - started
     rng, out, kills = random.Random(1), tmp_path / "out", 0
@@ -309,8 +308,8 @@ def test_neither_kills_nor_workers_change_a_byte(tmp_path):
 def test_killed_while_it_moves_files(sound, tmp_path, monkeypatch, moves):
     """There is no dataset until the last move, and the next run makes the same bytes."""
     out, options = tmp_path / "out", [sound.parent / "in.jsonl", "--shard_tokens", "20_000"]
-    replace, before = os.replace, iter(range(moves))
-    monkeypatch.setattr(os, "replace", lambda *paths: os._exit(9) if next(before, None) is None else replace(*paths))
+    before = iter(range(moves))  # each move follows an fsync
+    monkeypatch.setattr(os, "fsync", lambda file: os._exit(9) if next(before, None) is None else None)
     monkeypatch.setattr(sys, "argv", ["prepare_wiki.py", *map(str, options), "--out", str(out)])
     if (child := os.fork()) == 0:
         prepare_wiki.main()

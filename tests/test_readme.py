@@ -138,5 +138,4 @@ def test_the_readme_s_files_installed_versions_and_options_exist():
     assert len(pins) >= 5 and pins <= set(tested)
     sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py")])
     options = set(re.findall(r"`--(\w+)", README + DOCS)) - {"max_restarts"}  # torchrun's
-    assert len(options) >= 8
-    assert all(option in KEYS or re.search(rf'"--{option}\b', sources) for option in options)
+    assert len(options) >= 8 and all(option in KEYS or re.search(rf'"--{option}\b', sources) for option in options)

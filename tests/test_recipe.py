@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call_program
+from conftest import call_program, read_log
 
 import train
 from bench import recipe
@@ -25,8 +25,7 @@ def run_of(variant: str, steps: int, size: int, lr: float) -> dict:
 
 def test_gpt2_is_transformers_gpt2():
     """Logits, loss and score against GPT2LMHeadModel with its biases at zero and the same weights."""
-    transformers = pytest.importorskip("transformers")
-    ours = recipe.GPT2(GPTConfig(2, 2, 32, vocab_size=96), 24)
+    transformers, ours = pytest.importorskip("transformers"), recipe.GPT2(GPTConfig(2, 2, 32, vocab_size=96), 24)
     ours.init_weights(0)
     on_machine(ours, "cpu", "float32", compile=False)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -85,8 +84,8 @@ def test_learning_rates_are_what_the_variants_say(variant, expected):
     stage_at = Curriculum(config.stages, config.max_steps).at
     assert [rate(config, stage_at(step), step) for step in STEP] == pytest.approx(1e-3 * expected)
     given = {"warmup_steps": 9, "cooldown_steps": 11, "eval_interval": 7}  # on the command line
-    config = recipe.config_of(run | {"keys": run["keys"] | given}, Namespace(data_dir="x", results="x"))
-    assert {key: getattr(config, key) for key in given} == given
+    config = recipe.config_of(run | {"seed": 5, "keys": run["keys"] | given}, Namespace(data_dir="x", results="x"))
+    assert {key: getattr(config, key) for key in given} == given and config.seed == 5
 
 
 def test_every_variant_has_the_same_budget():
@@ -124,7 +123,8 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
         recipe.train_run(run, args)
     paths = [recipe.result_path(run, args) for run in runs]
     grown, nanogpt = (recipe.read_result(path, None) for path in paths)
-    assert [point["tokens"] for point in grown["points"]] == [0, 512, 1024]
+    log = [r["last_len_loss"] for r in read_log(tmp_path / "out/recipe" / paths[0].stem) if r["event"] == "eval"]
+    assert [(point["tokens"], point["loss"]) for point in grown["points"]] == list(zip([0, 512, 1024], log))
     price, muon = GPTConfig(1, 1, 32).flops_per_token, muon_flops(GPTConfig(1, 1, 32))
     assert [point["flops"] for point in grown["points"]] == [
         0, 512 * price(64) + 2 * muon, 512 * (price(64) + price(256)) + 4 * muon]  # fmt: skip
@@ -138,12 +138,13 @@ def test_a_run_from_training_to_the_tables(small_dir, tmp_path, monkeypatch):
         assert nanogpt["losses"][str(n)] == pytest.approx(expected, abs=1e-4)
     rates = {"Muon": {"64": 512 / 3, "256": 512 / 4}, "nanoGPT": {"256": 1.0}, "nanoGPT bf16": {"256": 1024 / 5}}
     groups = recipe.grouped([recipe.read_result(path, rates) for path in reversed(paths)])
+    groups["grown", 0.01][1] = groups["grown", 0.01][0] | {"losses": {"256": [9.0, 9.0]}}  # another seed
     recipe.draw(groups, tmp_path / "loss.png")
-    text = recipe.tables(groups)
-    delta = np.subtract(grown["losses"]["256"], nanogpt["losses"]["256"])
+    text, delta = recipe.tables(groups), np.subtract(grown["losses"]["256"], nanogpt["losses"]["256"])
     at_tokens = grown["points"][2]["loss"] - nanogpt["points"][1]["loss"]
     # nanoGPT takes 5 seconds and grown 7: after 5, grown is half-way between its points at 3 and 7
     at_seconds = (grown["points"][1]["loss"] + grown["points"][2]["loss"]) / 2 - nanogpt["points"][1]["loss"]
     cells = [f"{delta.mean():+.3f} ± {delta.std(ddof=1) / math.sqrt(2):.3f}", f"{at_tokens:+.3f}", f"{at_seconds:+.3f}"]
-    row = next(line for line in text.splitlines() if line.split()[:3] == ["grown", "0.01", "1"])
+    row = next(line for line in text.splitlines() if line.split()[:3] == ["grown", "0.01", "2"])
+    assert f"  {(np.mean(grown['losses']['256']) + 9) / 2:.3f} ± " in row
     assert "torch.float32" in text and [cells[0] in row, *row.split()[-3::2]] == [True, *cells[1:]]

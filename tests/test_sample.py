@@ -108,8 +108,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model():
     model.init_weights(0)
     model.embed.weight.data *= 5  # so that the distribution is far from even
     largest = model(torch.tensor([[464]]))[0, -1, :VOCAB_SIZE].double().topk(9)
-    weights = torch.softmax(largest.values / 0.8, 0).numpy()
-    how = {"temperature": 0.8, "top_k": 9, "top_p": 1.0}
+    weights, how = torch.softmax(largest.values / 0.8, 0).numpy(), {"temperature": 0.8, "top_k": 9, "top_p": 1.0}
     drawn = [token for seed in range(8) for token in next(generate(model, [464], 250, 1, seed=seed, **how))]
     counts = np.array([drawn.count(token) for token in largest.indices.tolist()])
     assert counts.sum() == 2000 and weights.min() > 0.005
@@ -167,10 +166,12 @@ def test_the_seed_decides_wherever_the_prompt_comes_from(run_sample, monkeypatch
     assert best[0] == best[1] == best[2] != run_sample("--temperature=9").stdout
 
 
-def test_the_longest_trained_window_ends_the_text(trained, run_sample):
+def test_the_longest_trained_window_ends_the_text(trained, run_sample, tmp_path):
     """Only the stages that the run has reached count, not the whole table."""
     model, checkpoint = load_model(trained / "best.pt")
     assert (model.max_seq_len, checkpoint["step"]) == (48, 8)
+    torch.save(checkpoint | {"step": 0}, tmp_path / "best.pt")
+    assert load_model(tmp_path / "best.pt")[0].max_seq_len == 32
     assert len(list(generate(model, [464] * 22, 1, 200, **GREEDY))) == 26
     prompt = "--prompt=word" + " word" * 20  # 22 tokens, counting the <|endoftext|> before an article
     assert run_sample(prompt, "--max_new_tokens=26").stderr == ""

@@ -132,7 +132,7 @@ def test_no_bug_is_taken_for_a_users_error(kind):
 MISTAKES = {
     "--seed": "--seed=: not a whole number", "--weight_decay=-1": "weight_decay=-1",
     "seed=3": "one config file and --key=value arguments, not small.py seed=3",
-    "--optimizer=sgd": "optimizer='sgd' is none of adamw, muon",
+    "--optimizer=sgd": "optimizer='sgd' is none of adamw, muon", "--device=cuda:98": "device='cuda:98' is not usable",
     "--n_head=32": "n_head=32",  # rotary positions need an even head_dim, not 1
     "--micro_batch_tokens=32": "micro_batch_tokens=32 is less than a window of 64",
     "--stages=[(0,99999,1,1.0)] --micro_batch_tokens=99999": "no train shard",
@@ -141,6 +141,7 @@ MISTAKES = {
     "curriculum.py small.py --plan_ppl=[(2,9),(2,8)]": "plan_ppl: ",
     "curriculum.py small.py --phases=('a',10)": "phases: ", "evaluate.py": "cannot use out/run/best.pt: No such file",
     "evaluate.py --out_dir=foreign": "foreign/best.pt is damaged", "evaluate.py --out_dir=used --dtype=bf16": "bf16",
+    "evaluate.py --out_dir=used --data_dir=no": "no dataset", "evaluate.py --out_dir=used --device=cuda:98": "cuda:98",
 }  # fmt: skip
 
 
