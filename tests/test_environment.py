@@ -30,8 +30,7 @@ def test_a_console_that_cannot_be_written_ends_no_program(console, tmp_path):
     command = [sys.executable, "-c", LINES, tmp_path / "ended"]
     if console == "closed":
         command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
-    stdout = subprocess.PIPE if console == "latin-1" else writing
-    env = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    stdout, env = subprocess.PIPE if console == "latin-1" else writing, os.environ | {"PYTHONIOENCODING": "latin-1"}
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (0, b"" if console == "closed" else b"Ky\\u014dto\n")
     assert (tmp_path / "ended").read_text() == "ended\n"

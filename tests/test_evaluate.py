@@ -75,7 +75,7 @@ def mean_and_error(losses: np.ndarray) -> tuple[float, float]:
 def test_the_printed_tables_equal_those_of_transformers(run, scored, monkeypatch):
     on_machine = model.on_machine
     monkeypatch.setattr(model, "on_machine", lambda *args: on_machine(*args[:3], compile=False))
-    done = call_program("evaluate.py", f"--out_dir={run.out_dir}", "--micro_batch_tokens=100", "--dtype=float32")
+    done = call_program("evaluate.py", f"--out_dir={run.out_dir}", "--micro_batch_tokens=190", "--dtype=float32")
     first, by_length, by_position = done.stdout.split("\n\n")
     assert first == f"{run.out_dir}/best.pt is the model after 12 steps. On all held-out articles:"
     rows = {}

@@ -179,12 +179,12 @@ def test_the_log_and_the_checkpoints_of_a_whole_run(tmp_path):
 
 def test_a_run_resumed_with_dtype_auto_keeps_its_type_and_another_is_announced(tmp_path):
     said, fast = [], "import model; model.fast_dtype = lambda *_: 'bfloat16'"
-    for max_steps, dtype in [(2, "float32"), (3, "float16"), (4, "auto"), (5, "float32")]:
+    for max_steps, dtype in [(2, "float32"), (3, "float16"), (4, "auto"), (5, "float32"), (6, "auto")]:
         done = run_train(tmp_path, fault=fast, max_steps=max_steps, dtype=dtype, eval_tokens=64)
         said.append("in float32; --dtype=float16 would continue exactly" in done.stdout)
         kept = load_checkpoint(tmp_path / "last.pt")["config"]["dtype"]
         assert kept == ("float16" if max_steps in (3, 4) else "float32") and f" on cpu in {kept}\n" in done.stdout
-    assert said == [False, False, False, True]
+    assert said == [False, False, False, True, False]
 
 
 def test_a_resumed_run_prints_its_learning_rate_before_and_after(tmp_path):
