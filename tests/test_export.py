@@ -163,8 +163,8 @@ def test_a_failed_export_is_one_line_and_status_2(run_dir, tmp_path, monkeypatch
 def test_an_export_whose_logits_differ_is_an_error(run_dir, tmp_path, monkeypatch):
     swapped = {"gate_proj": "other", "up_proj": "gate_proj", "other": "up_proj"}
     monkeypatch.setattr(export, "QWEN3_NAMES", export.QWEN3_NAMES | swapped)
-    monkeypatch.setattr(export, "read_log", lambda path: [*read_log(path), {"event": "eval", "step": 13}])  # too new
-    monkeypatch.setattr(export, "open_dataset", lambda _: open_dataset("nowhere"))  # the card can do without
+    monkeypatch.setattr(export, "read_log", lambda at: [*read_log(at), {"event": "eval", "step": 13}])  # after best.pt
+    monkeypatch.setattr(export, "open_dataset", lambda _: open_dataset("nowhere"))  # the model card does without it
     monkeypatch.setattr(sys, "argv", ["export.py", str(run_dir), "--to", str(tmp_path / "hf")])
     with pytest.raises(AssertionError, match="logits differ"):
         export.main()

@@ -201,7 +201,7 @@ def test_compiling_changes_losses_and_gradients_by_rounding_alone(dtype, toleran
 def test_auto_takes_the_type_that_the_clock_finds_fast(bfloat16, taken, monkeypatch):
     def repeat(statement: str, number: int, globals: dict) -> list[float]:
         assert (y := eval(statement, globals)).shape == (512, 512)
-        return [7.0, 1.0 if y.dtype == torch.float32 else 2 * bfloat16]  # process 0, which decides, has half
+        return [7.0, 1.0 if y.dtype == torch.float32 else 2 * bfloat16]  # process 0, whose time counts, measured half
 
     monkeypatch.setattr(timeit, "repeat", repeat)
     monkeypatch.setattr("model.dist", SimpleNamespace(is_initialized=lambda: True, broadcast=lambda s, _: s[0].div_(2)))
